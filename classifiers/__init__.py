@@ -1,0 +1,1 @@
+"""Classifiers: the LightningModule that all others extend, backbones, weights files, schedules."""

@@ -1,0 +1,367 @@
+"""ImageClassifier: the LightningModule that victims, surrogates and watermarked models extend.
+
+It trains on hard or soft labels, and evaluates whatever measures its datamodule declares: a new attack needs no new model
+code and no new metric code. It takes pixels as they are stored and normalises them itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
+
+from classifiers.backbones.backbone import features_of
+from classifiers.weights import Architecture, load_weights, save_weights
+from datamodules.datamodule import ImageDataModule
+from datamodules.errors import InputError, bad
+from datamodules.imageset import Batch
+from datamodules.measures import Evaluation, Hits, Interval, wilson
+from datamodules.random import derive
+
+BackboneFactory = Callable[[tuple[int, int, int], int], nn.Module]
+ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+OptimizerFactory = Callable[[Any], Optimizer]
+
+_CHECK_EVERY = 50
+"""Steps between two looks at whether the loss is still a number: a look makes a GPU wait."""
+
+
+class ImageClassifier(LightningModule):
+    """A classifier of images: a backbone with its normalisation, training and measuring.
+
+    Args:
+        backbone: Makes the network from (image shape, number of classes); in YAML a class path and its own arguments.
+        num_classes: K; linked to the data.
+        image_shape: (C, H, W); linked to the data.
+        mean: Of each channel for pixels in [0, 1]; linked to the data.
+        std: Its standard deviation; linked to the data.
+        optimizer: Makes the optimizer from the parameters.
+        schedule: Makes the learning-rate schedule from (optimizer, total steps); None: a constant rate.
+        label_smoothing: In [0, 1).
+        ema: Decay of an exponential moving average of the weights, which is then what is measured and kept; None: none.
+        weights: A weights file or checkpoint to start from; its classes, shape and names must fit.
+        channels_last: Whether convolutions work in that memory layout, which is faster on most devices.
+        compile: Whether the backbone is compiled.
+
+    Raises:
+        InputError: If a value is out of its range, or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneFactory,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        optimizer: OptimizerFactory = lambda parameters: torch.optim.SGD(
+            parameters, lr=0.05, momentum=0.9, weight_decay=5e-4
+        ),
+        schedule: ScheduleFactory | None = None,
+        label_smoothing: float = 0.0,
+        ema: float | None = None,
+        weights: str | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise bad("label_smoothing", label_smoothing, "it must be in [0, 1)")
+        if ema is not None and not 0 < ema < 1:
+            raise bad("ema", ema, "the decay of the moving average must be in (0, 1)")
+        if len(mean) != image_shape[0] or len(std) != image_shape[0] or min(std) <= 0:
+            raise bad("mean, std", (mean, std), f"one number for each of {image_shape[0]} channels is expected, std above 0")
+        self.num_classes = num_classes
+        self.image_shape = image_shape
+        self.optimizer_factory = optimizer
+        self.schedule_factory = schedule
+        self.label_smoothing = label_smoothing
+        self.ema = ema
+        self.channels_last = channels_last
+        self.net = backbone(image_shape, num_classes)
+        self.architecture = _describe(self.net, backbone, num_classes, image_shape, mean, std)
+        # pixels p in [0, 1] become p·scale + shift; kept out of the state: a weights file carries mean and std
+        scale = 1 / torch.tensor(std, dtype=torch.float32)
+        shift = -torch.tensor(mean, dtype=torch.float32) * scale
+        self.register_buffer("scale", scale[None, :, None, None], persistent=False)
+        self.register_buffer("byte_scale", scale[None, :, None, None] / 255, persistent=False)
+        self.register_buffer("shift", shift[None, :, None, None], persistent=False)
+        if weights is not None:
+            self.load(weights)
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            self.net.compile()
+        self.measured: dict[str, Interval] = {}
+        self._stages: dict[str, list[tuple[Evaluation, list[Metric]]]] = {}
+        self._targets: dict[int, Tensor] = {}
+        self._draws = any("drop" in type(module).__name__.lower() for module in self.net.modules())
+        self._loss_sum: Tensor | None = None
+        self._loss_count = 0
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8, or real values in [0, 1] → what the backbone was made for: float32 (N, C, H, W)."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        if images.dtype == torch.uint8:
+            return images.to(torch.float32, memory_format=layout).mul_(self.byte_scale).add_(self.shift)
+        return (images.to(torch.float32) * self.scale + self.shift).contiguous(memory_format=layout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W), uint8 or real values in [0, 1]."""
+        logits: Tensor = self.net(self.normalise(images))
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer gets: (N, F)."""
+        return features_of(self.net, self.normalise(images))
+
+    # --- training ----------------------------------------------------------------------------------------------------
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy with hard labels int64 (N,) or soft ones (N, K)."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        if self._draws:
+            self._reseed()
+        loss = self.loss(self(batch.images), batch.labels)
+        value = loss.detach()
+        self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
+        self._loss_count += 1
+        if self._loss_count % _CHECK_EVERY == 0:
+            self._check_loss()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean loss of the epoch; stop if it is no number, before a checkpoint is written."""
+        if self._loss_sum is None:
+            return
+        self._check_loss()
+        self.log("train/loss", self._loss_sum / self._loss_count, sync_dist=True)
+        self._loss_sum, self._loss_count = None, 0
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the configuration over what is not frozen, with its schedule, step by step."""
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        optimizer = self.optimizer_factory(trained)
+        if self.schedule_factory is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule_factory(optimizer, steps), "interval": "step"},
+        }
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The moving average of the weights, if there is to be one."""
+        if self.ema is None:
+            return []
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        return [EMAWeightAveraging(decay=self.ema)]
+
+    def _reseed(self) -> None:
+        """Make dropout depend on (seed, step, rank) alone: the same after resuming."""
+        seed = self._datamodule().loading.training_seed()
+        key = derive(seed, f"step {self.global_rank}", self.global_step) & (2**63 - 1)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(key)
+        else:
+            torch.default_generator.manual_seed(key)
+
+    def _check_loss(self) -> None:
+        if self._loss_sum is not None and not bool(torch.isfinite(self._loss_sum)):
+            raise InputError(
+                f"the loss is no longer a number at step {self.global_step} (epoch {self.current_epoch}): "
+                "lower the learning rate; the last checkpoint is from before"
+            )
+
+    # --- measuring ---------------------------------------------------------------------------------------------------
+    def on_validation_epoch_start(self) -> None:
+        """Make the metrics of the holdout."""
+        self._begin("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Make the metrics of the test."""
+        self._begin("test")
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update every measure of one evaluation."""
+        self._measure("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update every measure of one evaluation."""
+        self._measure("test", batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures of the holdout."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures of the test, and keep them with their intervals in `measured`."""
+        self._finish("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Row numbers, ids, the predicted class and its probability, without padding rows."""
+        real = batch.ids >= 0
+        confidence, label = self(batch.images).softmax(1).max(1)
+        return {
+            "row": batch.labels[real].cpu(),
+            "id": batch.ids[real].cpu(),
+            "prediction": label[real].cpu(),
+            "confidence": confidence[real].cpu(),
+        }
+
+    def update_measures(self, stage: str, index: int, batch: Batch, logits: Tensor) -> None:
+        """Update every measure of one evaluation with the logits of a batch."""
+        evaluation, metrics = self._stages[stage][index]
+        real = batch.labels >= 0
+        rows = batch.labels.clamp_min(0)
+        for measure, metric in zip(evaluation.measures, metrics, strict=True):
+            target = self._target(measure.target)[rows]
+            if isinstance(metric, Hits):
+                metric.update(logits, target.masked_fill(~real, -1))
+            else:
+                metric.update(logits[real], target[real])
+
+    def extra_metrics(self, stage: str) -> dict[str, Metric]:
+        """Metrics of a subclass beside the datamodule's, by name; they are reported alike."""
+        return {}
+
+    def _begin(self, stage: str) -> None:
+        evaluations = self._datamodule().evaluations(stage)
+        names = [measure.name for evaluation in evaluations for measure in evaluation.measures]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InputError(f"measures {sorted(twice)} are declared twice: give one of the nested datamodules a name")
+        self._targets = {}
+        self._stages[stage] = [
+            (evaluation, [measure.make().to(self.device) for measure in evaluation.measures])
+            for evaluation in evaluations
+        ]
+
+    def _measure(self, stage: str, batch: Batch, index: int) -> None:
+        self.update_measures(stage, index, batch, self(batch.images))
+
+    def _finish(self, stage: str) -> None:
+        found: dict[str, Interval] = {}
+        for evaluation, metrics in self._stages[stage]:
+            for measure, metric in zip(evaluation.measures, metrics, strict=True):
+                found[measure.name] = _interval(metric, len(evaluation.images))
+        for name, metric in self.extra_metrics(stage).items():
+            found[name] = _interval(metric, 0)
+        for name, interval in found.items():
+            self.log(f"{stage}/{name}", interval.value, rank_zero_only=True)
+        self.measured = found
+
+    def _target(self, target: Tensor) -> Tensor:
+        key = id(target)
+        if key not in self._targets:
+            self._targets[key] = target.to(self.device)
+        return self._targets[key]
+
+    def _datamodule(self) -> ImageDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, ImageDataModule):
+            raise InputError("data: an ImageDataModule is needed; wrap your data in datamodules.sources.Npz or a Source")
+        return datamodule
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+    def load(self, path: str | Path) -> None:
+        """Start from a weights file or a checkpoint.
+
+        Raises:
+            InputError: If it cannot be read, or a parameter is missing, left over or of another shape.
+        """
+        tensors, architecture = load_weights(path)
+        own = self.net.state_dict()
+        wrong = [
+            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ]
+        wrong += [f"{name} is missing" for name in own if name not in tensors]
+        wrong += [f"{name} is left over" for name in tensors if name not in own]
+        if wrong:
+            made = f" (made for {architecture.class_path.rsplit('.', 1)[-1]})" if architecture else ""
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise InputError(f"weights = {str(path)!r}: they do not fit {type(self.net).__name__}{made}: {wrong[0]}{more}")
+        self.net.load_state_dict(tensors)
+
+    def save(self, path: str | Path) -> str:
+        """Write a weights file, from which `load_classifier` rebuilds this; its content hash."""
+        return save_weights(Path(path), self.net.state_dict(), self.architecture)
+
+
+def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -> ImageClassifier:
+    """Rebuild a classifier from its weights file alone, ready to answer (eval mode).
+
+    Args:
+        path: A weights file.
+        backbone: What makes the network, for classes from outside this project: a file must not choose what is imported.
+
+    Raises:
+        InputError: If the file carries no architecture, or names a class that is not one of this project's backbones.
+    """
+    _, architecture = load_weights(path)
+    if architecture is None:
+        raise InputError(f"weights = {str(path)!r}: it carries no architecture; name model and data in a config instead")
+    if backbone is None:
+        module, _, name = architecture.class_path.rpartition(".")
+        if not module.startswith("classifiers.backbones"):
+            raise InputError(
+                f"weights = {str(path)!r}: its backbone {architecture.class_path} is not one of this project's; "
+                "pass the class as `backbone`"
+            )
+        found = getattr(importlib.import_module(module), name, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise InputError(f"weights = {str(path)!r}: there is no backbone {architecture.class_path}")
+        backbone = partial(found, **architecture.init_args)
+    model = ImageClassifier(
+        backbone,
+        architecture.num_classes,
+        architecture.image_shape,
+        architecture.mean,
+        architecture.std,
+        weights=str(path),
+    )
+    return model.eval()
+
+
+def _describe(
+    net: nn.Module,
+    factory: BackboneFactory,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Architecture:
+    keywords = dict(factory.keywords) if isinstance(factory, partial) else {}
+    kind = type(net)
+    return Architecture(
+        class_path=f"{kind.__module__}.{kind.__qualname__}",
+        init_args=keywords,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def _interval(metric: Metric, n: int) -> Interval:
+    value = metric.compute()
+    if isinstance(metric, Hits):
+        hits, cases = value.tolist()
+        return wilson(hits, cases)
+    return Interval(float(value), n, float("nan"), float("nan"))

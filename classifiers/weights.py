@@ -1,0 +1,162 @@
+"""Weights files: safetensors that carry what is needed to rebuild the classifier, and a hash of their content.
+
+A checkpoint of Lightning's holds optimizer and loop state and is for resuming; a weights file is for handing a model on.
+Neither safetensors nor torch notices a flipped bit: the hash does. Nothing here unpickles code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.errors import InputError
+from datamodules.imageset import fingerprint
+
+FORMAT = "pharmakon-weights-1"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What rebuilds a classifier without its weights.
+
+    Attributes:
+        class_path: The backbone's dotted path.
+        init_args: Its arguments beside image shape and number of classes; JSON.
+        num_classes: K.
+        image_shape: (C, H, W).
+        mean: Of each channel, for pixels in [0, 1].
+        std: Its standard deviation.
+    """
+
+    class_path: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    return fingerprint(*(part for name in sorted(tensors) for part in (name, tensors[name])))
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], architecture: Architecture) -> str:
+    """Write a weights file, atomically.
+
+    Args:
+        path: Where to; its folder must exist.
+        tensors: The backbone's state.
+        architecture: What rebuilds it.
+
+    Returns:
+        The content hash.
+    """
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = content_hash(plain)
+    metadata = {"format": FORMAT, "sha256": digest, "architecture": json.dumps(asdict(architecture), sort_keys=True)}
+    write_atomically(path, save(plain, metadata))
+    return digest
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write next to the target, fsync, rename, fsync the folder: the file is the old one or the new one, never half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | None]:
+    """Read the backbone's state from a weights file, or from a Lightning checkpoint of ours.
+
+    Args:
+        path: A ``.safetensors`` file, or a checkpoint, which is read with ``weights_only``.
+
+    Returns:
+        The tensors by name, and the architecture where the file carries it.
+
+    Raises:
+        InputError: If the file is missing, truncated, altered, from elsewhere, or holds anything but tensors.
+    """
+    path = Path(path)
+    if "://" in str(path):
+        raise InputError(f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it")
+    if not path.is_file():
+        raise InputError(f"weights = {str(path)!r}: there is no such file; train it first (lightning fit writes weights.safetensors into the run's folder)")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    return _load_checkpoint(path), None
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Architecture | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 – not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"weights = {str(path)!r}: truncated, or not a safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        return tensors, None
+    if metadata.get("sha256") != content_hash(tensors):
+        raise InputError(f"weights = {str(path)!r}: the content does not match its hash: it was altered or damaged; get it again")
+    try:
+        stored = json.loads(metadata["architecture"])
+        architecture = Architecture(
+            class_path=str(stored["class_path"]),
+            init_args=dict(stored["init_args"]),
+            num_classes=int(stored["num_classes"]),
+            image_shape=(int(stored["image_shape"][0]), int(stored["image_shape"][1]), int(stored["image_shape"][2])),
+            mean=tuple(float(part) for part in stored["mean"]),
+            std=tuple(float(part) for part in stored["std"]),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"weights = {str(path)!r}: its description of the architecture is damaged ({error})") from error
+    return tensors, architecture
+
+
+def _load_checkpoint(path: Path) -> dict[str, Tensor]:
+    state = load_checkpoint(path).get("state_dict")
+    if not isinstance(state, dict):
+        raise InputError(f"weights = {str(path)!r}: a checkpoint without a state_dict")
+    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with ``weights_only``: no code in it can run.
+
+    Raises:
+        InputError: If it is truncated, or holds more than tensors and plain values.
+    """
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises is not documented, and differs with the damage
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise InputError(f"{path}: refused: it holds more than tensors and plain values, and might run code") from error
+        raise InputError(f"{path}: truncated or not a checkpoint ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: not a checkpoint")
+    return loaded

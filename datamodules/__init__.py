@@ -1,0 +1,1 @@
+"""Data: image sets, sources, rewrites, measures, triggers, and the store."""

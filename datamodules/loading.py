@@ -1,0 +1,133 @@
+"""Batches: the same ones on any number of ranks, after resuming, and counted exactly in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from datamodules.errors import bad
+from datamodules.imageset import PADDING, Batch, ImageSet
+from datamodules.random import generator
+
+
+class TrainBatches(Sampler[Tensor]):
+    """Shuffled batches, keyed by (seed, epoch); the batch size is global, and each rank takes its part of every batch.
+
+    The last incomplete batch of an epoch is left out; which samples those are changes from epoch to epoch. A set smaller
+    than one batch is one batch.
+
+    Args:
+        n: Samples.
+        batch_size: Samples in a batch, over all ranks together.
+        seed: Of the shuffling.
+        rank: This process.
+        world_size: How many there are.
+
+    Raises:
+        InputError: If a batch cannot be shared out evenly.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        size = min(batch_size, n - n % world_size)
+        if size < 1 or size % world_size:
+            below = max(world_size, size // world_size * world_size)
+            raise bad(
+                "batch_size", batch_size, f"it is global and must divide over {world_size} processes; try {below}"
+            )
+        self.n, self.size, self.seed = n, size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.start = 0
+
+    @property
+    def sampler(self) -> TrainBatches:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n // self.size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(self.n, generator=generator(self.seed, "order", self.epoch))
+        share = self.size // self.world_size
+        first, self.start = self.start, 0
+        for batch in range(first, len(self)):
+            at = batch * self.size + self.rank * share
+            yield order[at : at + share]
+
+
+class EvaluationBatches(Sampler[Tensor]):
+    """Every row once, in order; all ranks get equally many batches, and what fills them up is marked −1.
+
+    Uneven shards hang a model with BatchNorm under DDP, and padding by repetition counts rows twice.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.n, self.rank, self.world_size = n, rank, world_size
+        self.size = max(1, min(batch_size, -(-n // world_size)))
+
+    def __len__(self) -> int:
+        return -(-self.n // (self.size * self.world_size))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in range(len(self)):
+            at = (batch * self.world_size + self.rank) * self.size
+            rows = torch.arange(at, at + self.size)
+            if self.world_size == 1:
+                yield rows[: self.n - at]
+            else:
+                yield rows.masked_fill_(rows >= self.n, PADDING)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that fetches whole batches and can go on in the middle of an epoch.
+
+    Args:
+        images: The set.
+        batches: Yields the rows of each batch.
+        num_workers: Worker processes. With the set in memory, 0 is fastest.
+        done: Tells how many batches of the epoch were trained on – the loader itself may have been asked for one more.
+        pin_memory: Whether batches go to page-locked memory, for faster copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batches: TrainBatches | EvaluationBatches,
+        num_workers: int = 0,
+        done: Callable[[], int] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        # a generator of its own: a DataLoader draws a seed for its workers from the global one at every epoch
+        super().__init__(
+            images,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._batches = batches
+        self._done = done
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far into the epoch training has come; Lightning puts it into each checkpoint."""
+        return {"batches": self._done() % max(1, len(self)) if self._done else 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start the next pass where the checkpoint was written."""
+        if isinstance(self._batches, TrainBatches):
+            self._batches.start = int(state["batches"])

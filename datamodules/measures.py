@@ -1,0 +1,148 @@
+"""What an attack or a defence achieved is accuracy against some labels on some images.
+
+An `Evaluation` is a set of images that one forward pass goes over; its `Measure`s say what counts as a hit on them. One
+rule in the model evaluates them all. A measure may be any torchmetric; the default counts hits and their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.errors import InputError
+from datamodules.imageset import UNLABELLED, Batch, ImageSet
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval; `n` is the number of cases (or of runs) behind it."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+def wilson(hits: int, n: int, z: float = 1.959963984540054) -> Interval:
+    """The share `hits` / `n` with Wilson's score interval (1927): it stays inside [0, 1] and is not empty at 0 or 1.
+
+    Args:
+        hits: Successes, 0 ≤ hits ≤ n.
+        n: Cases. With none, value and bounds are NaN.
+        z: The normal quantile; the default is the one for 95 %.
+    """
+    if n == 0:
+        return Interval(math.nan, 0, math.nan, math.nan)
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of repeated runs with Student's t interval (95 %); one run alone has no interval (infinite)."""
+    n = len(values)
+    if n == 0:
+        return Interval(math.nan, 0, math.nan, math.nan)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Interval(mean, 1, -math.inf, math.inf)
+    from scipy.stats import t
+
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    return Interval(mean, n, mean - half, mean + half)
+
+
+class Hits(Metric):
+    """Counts rows whose arg max equals the target; targets below zero are left out.
+
+    `compute` gives int64 (2,): hits and cases, exact and summed over all ranks.
+    """
+
+    hits: Tensor
+    cases: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("cases", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Count a batch: logits (B, K), target int64 (B,)."""
+        counted = target >= 0
+        self.hits += ((logits.argmax(1) == target) & counted).sum()
+        self.cases += counted.sum()
+
+    def compute(self) -> Tensor:
+        """Hits and cases so far."""
+        return torch.stack([self.hits, self.cases])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number to measure on an evaluation's images.
+
+    Attributes:
+        name: As it appears in logs and in metrics.json, such as ``attack_success_rate``.
+        target: int64 (N,): the label that counts as a hit on each row, `UNLABELLED` to leave the row out; or float32
+            (N, K) for a metric that compares scores.
+        metric: Makes the torchmetric; it is updated with (logits, target). None: the share of hits.
+    """
+
+    name: str
+    target: Tensor
+    metric: Callable[[], Metric] | None = None
+
+    def make(self) -> Metric:
+        """A fresh metric object."""
+        return Hits() if self.metric is None else self.metric()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A set of images, gone over once, with all that is measured on it.
+
+    Attributes:
+        name: ``clean``, ``triggered``, ``holdout`` …
+        images: The set.
+        measures: Each with as many targets as there are images.
+    """
+
+    name: str
+    images: ImageSet
+    measures: tuple[Measure, ...]
+
+    def __post_init__(self) -> None:
+        for measure in self.measures:
+            if len(measure.target) != len(self.images):
+                raise InputError(
+                    f"measure {measure.name!r}: {len(measure.target)} targets for {len(self.images)} images"
+                )
+
+
+class Numbered(ImageSet):
+    """An evaluation's images as a loader wants them: a row of −1 is padding, and labels are row numbers."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.inner = images
+        self.labels = images.labels
+        self.ids = images.ids
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.inner.image_shape
+
+    def __getitems__(self, rows: Sequence[int] | Tensor) -> Batch:
+        """A batch whose labels are row numbers, and whose padding rows show row 0 under the id and label −1."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.ids.device)
+        seen = index.clamp_min(0)
+        ids = self.ids.index_select(0, seen).masked_fill_(index < 0, UNLABELLED)
+        return Batch(self.inner.images_at(seen), index, ids)

@@ -1,0 +1,1 @@
+"""The command `lightning`, runs, and what a run leaves behind."""

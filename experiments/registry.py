@@ -1,0 +1,48 @@
+"""Importing what YAML may name by its bare class, and finding the configs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from datamodules.errors import InputError, did_you_mean
+
+PACKAGES = ("datamodules", "classifiers", "poisoning", "extraction", "watermark")
+"""The packages whose classes can be named in YAML."""
+
+
+def import_all() -> None:
+    """Import every module of the families, so that YAML can name their classes without a path."""
+    for name in PACKAGES:
+        package = importlib.import_module(name)
+        for found in pkgutil.walk_packages(package.__path__, f"{name}."):
+            importlib.import_module(found.name)
+
+
+def configs_folder() -> Path:
+    """The shipped YAMLs: beside the packages in a checkout, inside this one in a wheel."""
+    here = Path(__file__).resolve().parent
+    inside = here / "configs"
+    return inside if inside.is_dir() else here.parent / "configs"
+
+
+def find_config(name: str) -> str:
+    """The path of a config given by path or by name.
+
+    Args:
+        name: A path; or the name of a shipped config: ``badnets_digits``, ``trainer/ddp``, with or without ``.yaml`` and a
+            leading ``configs/``.
+
+    Raises:
+        InputError: If there is none; it suggests the nearest name.
+    """
+    if Path(name).is_file() or name.lstrip().startswith("{"):
+        return name
+    folder = configs_folder()
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    if (folder / f"{short}.yaml").is_file():
+        return str(folder / f"{short}.yaml")
+    known = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
+    hint = did_you_mean(short, known) or " (lightning list shows the shipped ones)"
+    raise InputError(f"config = {name!r}: there is no such file, and no shipped config of that name{hint}")

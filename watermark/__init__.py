@@ -1,0 +1,1 @@
+"""Watermarking by backdooring with commitments: keys, marking, verification."""
