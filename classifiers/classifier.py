@@ -148,8 +148,15 @@ class ImageClassifier(LightningModule):
         if self._loss_sum is None:
             return
         self._check_loss()
-        self.log("train/loss", self._loss_sum / self._loss_count, sync_dist=True)
+        self.log("train/loss", self.mean_loss, sync_dist=True)
         self._loss_sum, self._loss_count = None, 0
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """Of the epoch's batches so far, on this rank; NaN before the first."""
+        if self._loss_sum is None:
+            return torch.tensor(float("nan"))
+        return self._loss_sum / self._loss_count
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the configuration over what is not frozen, with its schedule, step by step."""

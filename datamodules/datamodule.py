@@ -61,6 +61,8 @@ class ImageDataModule(LightningDataModule):
     """Its standard deviation."""
     class_names: Sequence[str]
     """K names."""
+    secret: bool = False
+    """Whether ids and images must reach no manifest, export, picture, log or store."""
 
     # --- what sources and rewrites give -----------------------------------------------------------------------------
     @property

@@ -117,6 +117,11 @@ class Rewrite(ImageDataModule):
         """The base's."""
         return self.base.class_names
 
+    @property
+    def secret(self) -> bool:  # type: ignore[override]
+        """Whether the base holds secrets; a rewrite that does overrides this."""
+        return self.base.secret
+
     def evaluations(self, split: str) -> list[Evaluation]:
         """The base's."""
         return self.base.evaluations(split)

@@ -1,0 +1,70 @@
+"""The command `lightning`, also `pharmakon` and `python -m experiments`.
+
+This front uses the standard library alone, so that ``--help``, ``--version`` and ``list`` answer at once: importing
+Lightning's own command line takes ten seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+USAGE = """\
+usage: lightning COMMAND [--config NAME|FILE ...] [--KEY=VALUE ...]
+
+Poison, steal, mark and defend image classifiers.
+
+commands
+  fit        train, then test:   lightning fit --config badnets_digits
+  validate   measure on the holdout
+  test       measure on the test set
+  predict    write a table of predictions
+  accept     the user's side of outsourced training: do returned weights fit, and reach a* on my holdout?
+                                 lightning accept --config user.yaml --weights FILE
+  export     write the rewritten training set as PNG files with a table
+                                 lightning export --config badnets_digits --out DIR
+  list       every attack, defence, datamodule, backbone, trigger and config
+
+options
+  --config   a YAML file, or the name of a shipped one (lightning list); later ones win
+  --KEY=…    any key of the configuration: --trainer.max_epochs=3 --data.trigger=SinglePixel
+  --resume   RUN: go on in that run's folder, from its last checkpoint
+  --version  print the version
+  --help     print this; after a command: all of its options (takes ten seconds)
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 rejected (accept), 2 bad input, 143 terminated."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"pharmakon {version('pharmakon')}")
+        return 0
+    if args[0] == "list":
+        return _list()
+    from experiments.commands import execute
+
+    return execute(args)
+
+
+def _list() -> int:
+    from pathlib import Path
+
+    from experiments.catalogue import print_catalogue
+    from experiments.registry import configs_folder
+
+    try:
+        print_catalogue(Path(__file__).resolve().parent.parent, configs_folder())
+        sys.stdout.flush()
+    except BrokenPipeError:  # `lightning list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

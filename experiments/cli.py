@@ -1,0 +1,341 @@
+"""The command line: Lightning's own, with OmegaConf, links, a fresh folder for each run, and one-line complaints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from classifiers.classifier import ImageClassifier
+from datamodules.datamodule import Facts, ImageDataModule
+from datamodules.errors import InputError
+from datamodules.measures import Interval
+from experiments import rundir
+from experiments.checkpoints import AtomicCheckpointIO, last_checkpoint
+from experiments.complaints import one_line
+from experiments.record import Record, print_table
+from experiments.registry import configs_folder, find_config, import_all
+
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+COMMANDS = ("fit", "validate", "test", "predict")
+LINKED = ("num_classes", "image_shape", "mean", "std")
+"""What the data says and the model is told: never typed twice."""
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with the settings that every one of ours has."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs |= {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
+        super().__init__(*args, **kwargs)
+
+
+class CommandLine(LightningCLI):
+    """Parses a command, makes its objects and runs it.
+
+    Args:
+        args: The command and its options.
+        name: Of the run: its folder is ``<default_root_dir>/<name>/<date_time>``.
+        folder: Of the run that is resumed; None: a fresh one.
+        act: Whether to run the command, or only to make its objects.
+    """
+
+    def __init__(self, args: ArgsType, name: str, folder: Path | None = None, act: bool = True) -> None:
+        self.started = time.perf_counter()
+        self.name = name
+        self.folder = folder
+        self.resumed = folder is not None
+        self.act = act
+        defaults = str(configs_folder() / "defaults.yaml")
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            save_config_callback=None,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=Parser,
+            parser_kwargs={command: {"default_config_files": [defaults]} for command in COMMANDS},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What the model must agree on with the data is linked."""
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse without a look at `sys.argv`, which belongs to whoever called."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Make the run's folder, and fill it in where the config asks for it."""
+        config = self.config[self.subcommand]
+        self.text = self.parser_of(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
+        root = config.trainer.default_root_dir or "runs"
+        if self.folder is None:
+            self.folder = Path(root) / self.name
+            if self.act and rank_zero_only.rank == 0:
+                self.folder = rundir.fresh(root, self.name)
+        config.trainer.default_root_dir = str(self.folder)
+        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
+            if "Wandb" in logger.class_path:
+                _complete(logger.init_args, config, self.folder, self.resumed)
+        for key, value in config.trainer.items(branches=False):
+            config.trainer[key] = _fill(value, self.folder)
+        if "weights_only" in config:
+            config.weights_only = True
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that keeps a record and writes its checkpoints atomically."""
+        assert self.folder is not None
+        config = self.config_init[self.subcommand]
+        self.record = Record(self.folder, self.text, int(config.seed_everything), self.started)
+        plugins = config.trainer.plugins or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        sharded = any(word in str(config.trainer.strategy).lower() for word in ("fsdp", "deepspeed", "modelparallel"))
+        if not sharded and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        callbacks = config.trainer.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        return super().instantiate_trainer(plugins=plugins, callbacks=[*callbacks, self.record], **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.act:
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """Every fit ends with a test of the weights it ended with."""
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self.after_test()
+
+    def after_test(self) -> None:
+        """Show what was measured."""
+        if self.trainer.is_global_zero and self.folder is not None:
+            acceptance = getattr(self.model, "acceptance", None)
+            print_table(self.record.measures, self.record.accepted, acceptance, self.folder)
+
+    def after_validate(self) -> None:
+        """Show what was measured."""
+        self.after_test()
+
+    def parser_of(self, command: str | None) -> LightningArgumentParser:
+        """The parser of one command."""
+        return self._parser(command)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run achieved, and what it was made of.
+
+    Attributes:
+        measures: By name, each with value, n and 95 % interval.
+        accepted: The acceptance gate's verdict; None without a gate.
+        facts: What is known without the model.
+        directory: The run's folder.
+        seconds: Wall time of the whole run.
+        model: As it was when the run ended.
+        datamodule: As it was when the run ended.
+        trainer: As it was when the run ended.
+    """
+
+    measures: dict[str, Interval]
+    accepted: bool | None
+    facts: Facts
+    directory: Path
+    seconds: float
+    model: LightningModule
+    datamodule: LightningDataModule
+    trainer: Trainer
+
+
+def run(
+    *configs: str | Path | dict[str, Any],
+    command: str = "fit",
+    overrides: list[str] | None = None,
+    resume: str | Path | None = None,
+) -> Result:
+    """Run an experiment, as the command does.
+
+    Args:
+        configs: YAML files, names of shipped ones, or dictionaries; later ones win.
+        command: ``fit`` (which ends with a test), ``validate``, ``test`` or ``predict``.
+        overrides: Such as ``["trainer.max_epochs=3", "data.trigger=SinglePixel"]``.
+        resume: The folder of a run to go on with, from its last checkpoint.
+
+    Raises:
+        InputError: If the configuration is wrong; one line that names the field, the value and the remedy.
+    """
+    args = [command]
+    for config in configs:
+        args += ["--config", _as_text(config)]
+    args += [f"--{override}" for override in overrides or []]
+    if resume is not None:
+        args += ["--resume", str(resume)]
+    line = start(args)
+    datamodule = line.datamodule
+    assert line.folder is not None
+    return Result(
+        measures=line.record.measures,
+        accepted=line.record.accepted,
+        facts={} if datamodule.secret else datamodule.facts(),
+        directory=line.folder,
+        seconds=time.perf_counter() - line.started,
+        model=line.model,
+        datamodule=datamodule,
+        trainer=line.trainer,
+    )
+
+
+def start(args: list[str], act: bool = True) -> CommandLine:
+    """Parse a command line and run it.
+
+    Args:
+        args: The command and its options.
+        act: Whether to run it, or only to make model, data and trainer.
+
+    Raises:
+        InputError: Whatever a person got wrong, in one line.
+    """
+    import_all()
+    _be_quiet()
+    args, name, folder = _prepare(args)
+    try:
+        return CommandLine(args, name, folder, act)
+    except InputError:
+        raise
+    except (argparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
+        from jsonargparse import ArgumentError as ParserError
+
+        if isinstance(error, argparse.ArgumentError | ParserError) or _while_making(error):
+            raise InputError(one_line(error, _top_level_keys())) from error
+        raise
+
+
+def _while_making(error: BaseException) -> bool:
+    """Whether an error arose from instantiating the configuration rather than from running it."""
+    from datamodules.errors import InputError as Ours
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Ours):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return "Does not validate against any" in str(error)
+
+
+def _prepare(args: list[str]) -> tuple[list[str], str, Path | None]:
+    """Find configs by name, take `--resume` apart, and name the run after its last config at the top level."""
+    prepared, name, folder = [args[0]], args[0], None
+    rest = iter(args[1:])
+    resume: str | None = None
+    for arg in rest:
+        key, equals, value = arg.partition("=")
+        if key in ("--config", "-c"):
+            found = find_config(value if equals else _next(rest, key))
+            if Path(found).parent.name not in ("debug", "trainer", "logger", "data", "model") and not found.startswith("{"):
+                name = Path(found).stem
+            prepared += ["--config", found]
+        elif key == "--resume":
+            resume = value if equals else _next(rest, key)
+        else:
+            prepared.append(arg)
+    if resume is not None:
+        folder = Path(resume)
+        config = folder / "config.yaml"
+        if not config.is_file():
+            raise InputError(f"resume = {resume!r}: there is no config.yaml in it; give the folder of a run")
+        checkpoint = last_checkpoint(folder)
+        prepared = [prepared[0], "--config", str(config), *prepared[1:], f"--ckpt_path={checkpoint}"]
+        name = folder.parent.name
+    return prepared, name, folder
+
+
+def _next(rest: Any, key: str) -> str:
+    try:
+        return str(next(rest))
+    except StopIteration:
+        raise InputError(f"{key}: it needs a value") from None
+
+
+def _as_text(config: str | Path | dict[str, Any]) -> str:
+    if isinstance(config, dict):
+        import json
+
+        return json.dumps(config)
+    return str(config)
+
+
+def _fill(value: Any, folder: Path) -> Any:
+    """`rundir.fill` for what a parser holds."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _fill(part, folder) for key, part in vars(value).items()})
+    if isinstance(value, list):
+        return [_fill(part, folder) for part in value]
+    return rundir.fill(value, folder)
+
+
+def _complete(init_args: Namespace, config: Namespace, folder: Path, resumed: bool) -> None:
+    """Name, group, job type and tags of a W&B run, from what is being run."""
+    chain, part = [], config.data
+    while part is not None and "class_path" in part:
+        chain.append(part.class_path.rsplit(".", 1)[-1])
+        part = part.get("init_args", Namespace()).get("base")
+    model = config.model
+    backbone = model.init_args.get("backbone") if model is not None and "init_args" in model else None
+    names = [*chain, *([backbone.class_path.rsplit(".", 1)[-1]] if isinstance(backbone, Namespace) else [])]
+    if not chain:
+        return
+    defaults = {
+        "name": f"{folder.parent.name}/{folder.name}",
+        "group": chain[-1],
+        "job_type": chain[0] if len(chain) > 1 else "clean",
+        "tags": names,
+    }
+    for key, value in defaults.items():
+        if init_args.get(key) is None:
+            init_args[key] = value
+    known = folder / "wandb_id"
+    if resumed and known.is_file():
+        init_args["id"] = known.read_text().strip()
+
+
+def _top_level_keys() -> list[str]:
+    """Keys and options at the top of a config, for suggestions."""
+    import inspect
+
+    trainer = [f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
+    options = ["config", "resume", "ckpt_path", "weights", "out", "limit"]
+    return ["seed_everything", "trainer", "model", "data", "data.class_path", "model.class_path", *trainer, *options]
+
+
+def _be_quiet() -> None:
+    """Leave out advertisements, and warnings about what is meant."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(isinstance(known, _NoTips) for known in logger.filters):
+        logger.addFilter(_NoTips())
+    for message in (
+        r".*does not have many workers.*",
+        r".*`isinstance\(treespec, LeafSpec\)`.*",
+        r".*smaller than the logging interval.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+class _NoTips(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "Tip:" not in record.getMessage()

@@ -1,0 +1,113 @@
+"""Weights & Biases, offline unless there is a key: clean accuracy beside attack success, and the pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from experiments.pictures import Pair
+
+_said: set[str] = set()
+
+
+class Wandb(WandbLogger):
+    """The W&B logger of a run. Without an API key it is offline, and says so once; ``WANDB_MODE`` wins.
+
+    Args:
+        project: Of W&B's.
+        save_dir: Where its files go; ``{run}`` is the run's folder.
+        name: Of the run; None: the name of the run's folder.
+        group: Runs to compare; None: the source of the data, such as ``MNIST``.
+        job_type: None: the outermost rewrite, such as ``BadNets``, or ``clean``.
+        tags: None: the names of all nested datamodules and of the backbone.
+        id: Of the run that is resumed.
+    """
+
+    def __init__(
+        self,
+        project: str = "pharmakon",
+        save_dir: str = "{run}",
+        name: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: list[str] | None = None,
+        id: str | None = None,
+    ) -> None:
+        mode = _mode()
+        if mode == "offline" and "WANDB_MODE" not in os.environ and "offline" not in _said:
+            _said.add("offline")
+            rank_zero_info("W&B: no API key, so runs are kept offline; send them later with: wandb sync RUN/wandb/offline-*")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        more: dict[str, Any] = {"group": group, "job_type": job_type, "tags": tags, "mode": mode}
+        super().__init__(
+            name=name, save_dir=save_dir, project=project, id=id, resume="allow" if id else None, log_model=False, **more
+        )
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run; when it is first asked for, it learns what its metrics mean."""
+        new = self._experiment is None
+        run = super().experiment
+        if new and hasattr(run, "define_metric"):
+            run.define_metric("val/*", step_metric="trainer/global_step")
+            run.define_metric("val/clean_accuracy", step_metric="trainer/global_step", summary="last")
+            run.define_metric("val/attack_success_rate", step_metric="trainer/global_step", summary="last")
+            run.define_metric("train/loss", step_metric="trainer/global_step", summary="min")
+        return run
+
+    def dashboard(self, history: list[dict[str, float]], pairs: list[Pair], measures: dict[str, Any]) -> None:
+        """Log the plot of clean accuracy beside attack success, the table of images, and the measures with intervals."""
+        import wandb
+
+        run = self.experiment
+        if not hasattr(run, "log") or _mode() == "disabled":
+            return
+        epochs = [row["epoch"] + 1 for row in history]
+        names = [n for n in ("val/clean_accuracy", "val/attack_success_rate", "val/robust_accuracy")
+                 if any(n in row for row in history)]  # fmt: skip
+        content: dict[str, Any] = {}
+        if epochs and names:
+            content["clean_and_attack"] = wandb.plot.line_series(
+                xs=epochs,
+                ys=[[row.get(name, float("nan")) for row in history] for name in names],
+                keys=[name.split("/")[1].replace("_", " ") for name in names],
+                title="Clean accuracy and attack success on the holdout",
+                xname="epoch",
+            )
+        if pairs:
+            table = wandb.Table(columns=["id", "clean", "poisoned", "difference", "original label", "label"])
+            for pair in pairs:
+                images = [_picture(wandb, image) for image in (pair.clean, pair.poisoned, pair.difference)]
+                table.add_data(pair.id, *images, pair.original_label, pair.label)
+            content["poisons"] = table
+        table = wandb.Table(columns=["measure", "value", "low", "high", "n"])
+        for name, each in measures.items():
+            table.add_data(name, each.value, each.low, each.high, each.n)
+            run.summary[name] = each.value
+        content["measures"] = table
+        run.log(content)
+
+
+def _picture(wandb: Any, image: Any) -> Any:
+    shown = image.permute(1, 2, 0).numpy()
+    return wandb.Image(shown[..., 0] if shown.shape[-1] == 1 else shown)
+
+
+def _mode() -> Literal["online", "offline", "disabled", "shared"]:
+    """``WANDB_MODE`` if it is set; else online where there is a key, offline where there is none."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("online", "offline", "disabled", "shared"):
+        return mode  # type: ignore[return-value]
+    return "online" if os.environ.get("WANDB_API_KEY") or _key_in_netrc() else "offline"
+
+
+def _key_in_netrc() -> bool:
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return "api.wandb.ai" in path.read_text(encoding="utf-8")
+    except OSError:
+        return False
