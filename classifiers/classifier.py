@@ -36,6 +36,10 @@ _CHECK_EVERY = 50
 """Steps between two looks at whether the loss is still a number: a look makes a GPU wait."""
 
 
+class MisfitError(InputError):
+    """Weights that can be read but do not fit the architecture."""
+
+
 class ImageClassifier(LightningModule):
     """A classifier of images: a backbone with its normalisation, training and measuring.
 
@@ -80,7 +84,9 @@ class ImageClassifier(LightningModule):
         if ema is not None and not 0 < ema < 1:
             raise bad("ema", ema, "the decay of the moving average must be in (0, 1)")
         if len(mean) != image_shape[0] or len(std) != image_shape[0] or min(std) <= 0:
-            raise bad("mean, std", (mean, std), f"one number for each of {image_shape[0]} channels is expected, std above 0")
+            raise bad(
+                "mean, std", (mean, std), f"one number for each of {image_shape[0]} channels is expected, std above 0"
+            )
         self.num_classes = num_classes
         self.image_shape = image_shape
         self.optimizer_factory = optimizer
@@ -281,7 +287,9 @@ class ImageClassifier(LightningModule):
     def _datamodule(self) -> ImageDataModule:
         datamodule = getattr(self.trainer, "datamodule", None)
         if not isinstance(datamodule, ImageDataModule):
-            raise InputError("data: an ImageDataModule is needed; wrap your data in datamodules.sources.Npz or a Source")
+            raise InputError(
+                "data: an ImageDataModule is needed; wrap your data in datamodules.sources.Npz or a Source"
+            )
         return datamodule
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -303,7 +311,9 @@ class ImageClassifier(LightningModule):
         if wrong:
             made = f" (made for {architecture.class_path.rsplit('.', 1)[-1]})" if architecture else ""
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise InputError(f"weights = {str(path)!r}: they do not fit {type(self.net).__name__}{made}: {wrong[0]}{more}")
+            raise MisfitError(
+                f"weights = {str(path)!r}: they do not fit {type(self.net).__name__}{made}: {wrong[0]}{more}"
+            )
         self.net.load_state_dict(tensors)
 
     def save(self, path: str | Path) -> str:
@@ -323,7 +333,9 @@ def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -
     """
     _, architecture = load_weights(path)
     if architecture is None:
-        raise InputError(f"weights = {str(path)!r}: it carries no architecture; name model and data in a config instead")
+        raise InputError(
+            f"weights = {str(path)!r}: it carries no architecture; name model and data in a config instead"
+        )
     if backbone is None:
         module, _, name = architecture.class_path.rpartition(".")
         if not module.startswith("classifiers.backbones"):

@@ -70,7 +70,11 @@ class Steps(LambdaLR):
     """
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, milestones: list[float] = [0.5, 0.75], factor: float = 0.1  # noqa: B006
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        milestones: list[float] = [0.5, 0.75],
+        factor: float = 0.1,  # noqa: B006
     ) -> None:
         steps = [share * total_steps for share in milestones]
         super().__init__(optimizer, lambda step: factor ** sum(step >= at for at in steps))

@@ -78,7 +78,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -102,9 +104,13 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | No
     """
     path = Path(path)
     if "://" in str(path):
-        raise InputError(f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it")
+        raise InputError(
+            f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it"
+        )
     if not path.is_file():
-        raise InputError(f"weights = {str(path)!r}: there is no such file; train it first (lightning fit writes weights.safetensors into the run's folder)")
+        raise InputError(
+            f"weights = {str(path)!r}: there is no such file; train it first (lightning fit writes weights.safetensors into the run's folder)"
+        )
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     return _load_checkpoint(path), None
@@ -122,7 +128,9 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Architecture | Non
     if metadata.get("format") != FORMAT:
         return tensors, None
     if metadata.get("sha256") != content_hash(tensors):
-        raise InputError(f"weights = {str(path)!r}: the content does not match its hash: it was altered or damaged; get it again")
+        raise InputError(
+            f"weights = {str(path)!r}: the content does not match its hash: it was altered or damaged; get it again"
+        )
     try:
         stored = json.loads(metadata["architecture"])
         architecture = Architecture(
@@ -134,7 +142,9 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Architecture | Non
             std=tuple(float(part) for part in stored["std"]),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"weights = {str(path)!r}: its description of the architecture is damaged ({error})") from error
+        raise InputError(
+            f"weights = {str(path)!r}: its description of the architecture is damaged ({error})"
+        ) from error
     return tensors, architecture
 
 
@@ -155,7 +165,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises is not documented, and differs with the damage
         if "weights_only" in str(error) or "Weights only" in str(error):
-            raise InputError(f"{path}: refused: it holds more than tensors and plain values, and might run code") from error
+            raise InputError(
+                f"{path}: refused: it holds more than tensors and plain values, and might run code"
+            ) from error
         raise InputError(f"{path}: truncated or not a checkpoint ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: not a checkpoint")

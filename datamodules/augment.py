@@ -45,9 +45,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
     padded = pad(images.contiguous(), (padding, padding, padding, padding))
     rows, columns = height + 2 * padding, width + 2 * padding
     span = (channels - 1) * rows * columns + (height - 1) * columns + width  # from a window's first pixel past its last
-    windows = padded.as_strided(
-        (padded.numel() - span + 1, channels, height, width), (1, rows * columns, columns, 1)
-    )
+    windows = padded.as_strided((padded.numel() - span + 1, channels, height, width), (1, rows * columns, columns, 1))
     image = torch.arange(n, device=images.device) * (channels * rows * columns)
     return windows.index_select(0, image + top * columns + left)
 

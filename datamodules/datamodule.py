@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.augment import Augmentation
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch, ImageSet
-from datamodules.loading import EvaluationBatches, Loader, TrainBatches
+from datamodules.loading import EvaluationBatches, Loader, Passes, TrainBatches
 from datamodules.measures import Evaluation, Measure, Numbered
 from datamodules.random import generator
 
@@ -129,9 +129,9 @@ class ImageDataModule(LightningDataModule):
         """One loader for each evaluation on the test set, and on the holdout for the acceptance gate."""
         return self._evaluation_loaders("test")
 
-    def predict_dataloader(self) -> list[Loader]:
+    def predict_dataloader(self) -> list[Passes]:
         """As for the test."""
-        return self._evaluation_loaders("test")
+        return [Passes(loader) for loader in self._evaluation_loaders("test")]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and rewrite a training batch, on the device; leave any other alone."""

@@ -131,3 +131,16 @@ class Loader(DataLoader[Batch]):
         """Start the next pass where the checkpoint was written."""
         if isinstance(self._batches, TrainBatches):
             self._batches.start = int(state["batches"])
+
+
+class Passes:
+    """A loader that Lightning leaves as it is: to predict, it would rebuild a DataLoader with a sampler of its own."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)

@@ -22,7 +22,7 @@ from datamodules.errors import InputError
 from datamodules.measures import Interval
 from experiments import rundir
 from experiments.checkpoints import AtomicCheckpointIO, last_checkpoint
-from experiments.complaints import one_line
+from experiments.complaints import input_error, one_line
 from experiments.record import Record, print_table
 from experiments.registry import configs_folder, find_config, import_all
 
@@ -49,14 +49,18 @@ class CommandLine(LightningCLI):
         name: Of the run: its folder is ``<default_root_dir>/<name>/<date_time>``.
         folder: Of the run that is resumed; None: a fresh one.
         act: Whether to run the command, or only to make its objects.
+        keep: Whether the run has a folder.
     """
 
-    def __init__(self, args: ArgsType, name: str, folder: Path | None = None, act: bool = True) -> None:
+    def __init__(
+        self, args: ArgsType, name: str, folder: Path | None = None, act: bool = True, keep: bool = True
+    ) -> None:
         self.started = time.perf_counter()
         self.name = name
         self.folder = folder
         self.resumed = folder is not None
         self.act = act
+        self.keep = keep
         defaults = str(configs_folder() / "defaults.yaml")
         super().__init__(
             ImageClassifier,
@@ -88,7 +92,7 @@ class CommandLine(LightningCLI):
         root = config.trainer.default_root_dir or "runs"
         if self.folder is None:
             self.folder = Path(root) / self.name
-            if self.act and rank_zero_only.rank == 0:
+            if self.keep and rank_zero_only.rank == 0:
                 self.folder = rundir.fresh(root, self.name)
         config.trainer.default_root_dir = str(self.folder)
         for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
@@ -98,6 +102,8 @@ class CommandLine(LightningCLI):
             config.trainer[key] = _fill(value, self.folder)
         if "weights_only" in config:
             config.weights_only = True
+        if "verbose" in config:
+            config.verbose = False  # the table at the end says it better
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that keeps a record and writes its checkpoints atomically."""
@@ -116,6 +122,10 @@ class CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.act:
             super()._run_subcommand(subcommand)
+
+    def execute(self) -> None:
+        """Run the command whose objects were only made."""
+        super()._run_subcommand(str(self.subcommand))
 
     def after_fit(self) -> None:
         """Every fit ends with a test of the weights it ended with."""
@@ -200,12 +210,13 @@ def run(
     )
 
 
-def start(args: list[str], act: bool = True) -> CommandLine:
+def start(args: list[str], act: bool = True, keep: bool = True) -> CommandLine:
     """Parse a command line and run it.
 
     Args:
         args: The command and its options.
         act: Whether to run it, or only to make model, data and trainer.
+        keep: Whether the run has a folder.
 
     Raises:
         InputError: Whatever a person got wrong, in one line.
@@ -214,27 +225,14 @@ def start(args: list[str], act: bool = True) -> CommandLine:
     _be_quiet()
     args, name, folder = _prepare(args)
     try:
-        return CommandLine(args, name, folder, act)
-    except InputError:
-        raise
-    except (argparse.ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
-        from jsonargparse import ArgumentError as ParserError
-
-        if isinstance(error, argparse.ArgumentError | ParserError) or _while_making(error):
+        return CommandLine(args, name, folder, act, keep)
+    except Exception as error:
+        ours = input_error(error)
+        if ours is not None:
+            raise ours from error
+        if isinstance(error, argparse.ArgumentError) or "Does not validate against any" in str(error):
             raise InputError(one_line(error, _top_level_keys())) from error
         raise
-
-
-def _while_making(error: BaseException) -> bool:
-    """Whether an error arose from instantiating the configuration rather than from running it."""
-    from datamodules.errors import InputError as Ours
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, Ours):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return "Does not validate against any" in str(error)
 
 
 def _prepare(args: list[str]) -> tuple[list[str], str, Path | None]:
@@ -246,7 +244,9 @@ def _prepare(args: list[str]) -> tuple[list[str], str, Path | None]:
         key, equals, value = arg.partition("=")
         if key in ("--config", "-c"):
             found = find_config(value if equals else _next(rest, key))
-            if Path(found).parent.name not in ("debug", "trainer", "logger", "data", "model") and not found.startswith("{"):
+            if Path(found).parent.name not in ("debug", "trainer", "logger", "data", "model") and not found.startswith(
+                "{"
+            ):
                 name = Path(found).stem
             prepared += ["--config", found]
         elif key == "--resume":

@@ -12,8 +12,21 @@ _KEY = re.compile(r"Parser key ['\"]([\w.\[\]]+)['\"]")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _GROUP = re.compile(r"(?:Subcommand|Group) '([\w.]+)' does not accept option '([^']+)'")
-_IMPORT = re.compile(r"Expected a dot import path string: (\S+)|Import path (\S+) does not correspond to a subclass of (\w+)")
+_IMPORT = re.compile(
+    r"Expected a dot import path string: (\S+)|Import path (\S+) does not correspond to a subclass of (\w+)"
+)
 _MODULE = re.compile(r"No module named '?([\w.]+)'?|module '([\w.]+)' has no attribute '(\w+)'")
+
+
+def input_error(error: BaseException | None) -> InputError | None:
+    """The InputError in the chain of causes, if there is one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, InputError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def one_line(error: BaseException, known: Iterable[str]) -> str:
@@ -23,9 +36,6 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:
         error: As raised.
         known: All keys and option names at the top, for suggestions.
     """
-    ours = _input_error(error)
-    if ours is not None:
-        return str(ours)
     text = str(error)
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         word = found[1].split("=")[0].lstrip("-")
@@ -50,17 +60,6 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:
     if found := _MODULE.search(branch):
         return f"{where}: {' '.join(found[0].split())}{did_you_mean(found[3] or found[1] or '', _class_names())}"
     return _leaf(branch, where)
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError in the chain of causes, if there is one."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, InputError):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _branch(text: str) -> str:

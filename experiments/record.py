@@ -109,7 +109,13 @@ class Record(Callback):
         self.history = list(state_dict["history"])
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of predictions."""
         evaluation = _datamodule(trainer).evaluations("test")[dataloader_idx]
@@ -171,7 +177,7 @@ class Record(Callback):
         """Say how the run ended; on SIGTERM leave a checkpoint to go on from."""
         interrupted = isinstance(exception, SIGTERMException | KeyboardInterrupt)
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
-            trainer.save_checkpoint(self.folder / "checkpoints" / "interrupted.ckpt")
+            trainer.save_checkpoint(self.folder / "checkpoints" / "interrupted.ckpt", False)  # not the weights alone
         if trainer.is_global_zero and self.folder.is_dir():
             error = None if interrupted else f"{type(exception).__name__}: {exception}"
             rundir.set_status(self.folder, "interrupted" if interrupted else "failed", error=error)
@@ -238,5 +244,3 @@ def _datamodule(trainer: Trainer) -> ImageDataModule:
     if not isinstance(datamodule, ImageDataModule):
         raise InputError("data: an ImageDataModule is needed")
     return datamodule
-
-

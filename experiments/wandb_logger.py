@@ -40,12 +40,21 @@ class Wandb(WandbLogger):
         mode = _mode()
         if mode == "offline" and "WANDB_MODE" not in os.environ and "offline" not in _said:
             _said.add("offline")
-            rank_zero_info("W&B: no API key, so runs are kept offline; send them later with: wandb sync RUN/wandb/offline-*")
+            rank_zero_info(
+                "W&B: no API key, so runs are kept offline; send them later with: wandb sync RUN/wandb/offline-*"
+            )
         os.environ.setdefault("WANDB_SILENT", "true")
         more: dict[str, Any] = {"group": group, "job_type": job_type, "tags": tags, "mode": mode}
         super().__init__(
-            name=name, save_dir=save_dir, project=project, id=id, resume="allow" if id else None, log_model=False, **more
+            name=name,
+            save_dir=save_dir,
+            project=project,
+            id=id,
+            resume="allow" if id else None,
+            log_model=False,
+            **more,
         )
+        self._wandb_init.pop("anonymous", None)  # W&B warns of this setting, which Lightning passes on even when unset
 
     @property
     def experiment(self) -> Any:

@@ -190,5 +190,3 @@ class BadNets(Rewrite):
 
 def _as_it_is(images: Tensor, ids: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
     return images
-
-

@@ -29,7 +29,9 @@ def choose(eligible: Tensor, n_train: int, fraction: float, field: str, seed: in
     """
     wanted, there = round(fraction * n_train), int(eligible.sum())
     if wanted < 1:
-        raise bad(field, fraction, f"rounds to no sample of {n_train}; the smallest that poisons one is {1 / n_train:.2g}")
+        raise bad(
+            field, fraction, f"rounds to no sample of {n_train}; the smallest that poisons one is {1 / n_train:.2g}"
+        )
     if wanted > there:
         largest = math.floor(there / n_train * 1e6) / 1e6
         raise bad(field, fraction, f"asks for {wanted} of {there} eligible images; the largest here is {largest:g}")

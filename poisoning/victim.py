@@ -9,7 +9,6 @@ the share of images on which the two disagree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,10 +89,20 @@ class Victim(ImageClassifier):
         super().on_test_epoch_start()
         if self.acceptance is not None and not any(e.name == "holdout" for e, _ in self._stages["test"]):
             raise InputError(f"acceptance = {self.acceptance}: the gate needs a holdout; set val_fraction above 0")
+        self._begin_beside("test")
+
+    def on_validation_epoch_start(self) -> None:
+        """Make the metrics, and outside of training those of the honest model."""
+        super().on_validation_epoch_start()
         self._beside = {}
-        if self._honest:
-            self._honest[0].to(self.device)
-            for evaluation, _ in self._stages["test"]:
+        if not self.trainer.state.fn == "fit":
+            self._begin_beside("val")
+
+    def _begin_beside(self, stage: str) -> None:
+        self._beside = {}
+        for other in self._honest:
+            other.to(self.device)
+            for evaluation, _ in self._stages[stage]:
                 for measure in evaluation.measures:
                     if measure.metric is None:
                         self._beside[f"honest_{measure.name}"] = Hits().to(self.device)
@@ -102,7 +111,7 @@ class Victim(ImageClassifier):
     def update_measures(self, stage: str, index: int, batch: Batch, logits: Tensor) -> None:
         """Update every measure, and the honest model's."""
         super().update_measures(stage, index, batch, logits)
-        if stage != "test" or not self._honest:
+        if not self._beside:
             return
         evaluation, _ = self._stages[stage][index]
         real, rows = batch.labels >= 0, batch.labels.clamp_min(0)
@@ -118,4 +127,4 @@ class Victim(ImageClassifier):
 
     def extra_metrics(self, stage: str) -> dict[str, Metric]:
         """The honest model's measures, and the disagreement with it."""
-        return self._beside if stage == "test" else {}
+        return self._beside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from classifiers.backbones.backbone import Backbone, as_rgb, check_rgb, last_layer
@@ -24,7 +24,9 @@ class InceptionV3(Backbone):
 
     Deviations: torchvision's weights, ported from TensorFlow, not TensorFlow's graph; no auxiliary logits; images are
     resized here, so that a poison is crafted at its own size with gradients through the resizing. Grey images are shown
-    as three equal channels. torchvision's initialisation where nothing is loaded, PyTorch's default for the head.
+    as three equal channels. Where nothing is loaded, convolutions start from N(0, 2/fan-in), which keeps the features
+    of a frozen network near 1: with torchvision's own start they are near 10⁷, as its BatchNorm never sees a batch.
+    PyTorch's default for the head.
 
     Args:
         image_shape: (C, H, W), C of 1 or 3, any size.
@@ -52,11 +54,14 @@ class InceptionV3(Backbone):
         check_rgb(self.image_shape, "InceptionV3")
         self.freeze = freeze
         self.antialias = antialias
-        body = torchvision_model("inception_v3", num_classes, SIZE)
+        body = torchvision_model("inception_v3", num_classes, SIZE, initialise=False)
         layer = last_layer(body)
-        layer.reset_parameters()
+        if not pretrained:
+            for module in body.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         load_torchvision(body, layer, "inception_v3", pretrained)
-        self.body, self.head = take_out(body, layer, (3, SIZE, SIZE), "inception_v3")
+        self.body, self.head = take_out(body, layer)
         if freeze:
             self.body.requires_grad_(False)
             self.body.eval()

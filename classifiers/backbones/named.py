@@ -80,8 +80,8 @@ class Timm(Backbone):
             raise bad("name", name, f"ends in {kind}, not in one nn.Linear; take another model")
         if isinstance(pretrained, str):
             load_file(body, layer, pretrained)
-        hint = "; some models take options: {img_size: …}"
-        self.body, self.head = take_out(body, layer, self.image_shape, name, hint)
+        check_ends_in(body, layer, self.image_shape, name, hint="; some models take options: {img_size: …}")
+        self.body, self.head = take_out(body, layer)
 
     def features(self, x: Tensor) -> Tensor:
         """What enters timm's last layer: (N, C, H, W) → (N, F)."""
@@ -119,7 +119,8 @@ class TorchVision(Backbone):
         body = torchvision_model(name, num_classes, image_size=self.image_shape[1])
         layer = last_layer(body)
         load_torchvision(body, layer, name, pretrained)
-        self.body, self.head = take_out(body, layer, (3, *self.image_shape[1:]), name)
+        check_ends_in(body, layer, (3, *self.image_shape[1:]), name)
+        self.body, self.head = take_out(body, layer)
 
     def features(self, x: Tensor) -> Tensor:
         """What enters the last layer: (N, C, H, W) → (N, F)."""
@@ -127,8 +128,14 @@ class TorchVision(Backbone):
         return features
 
 
-def torchvision_model(name: str, num_classes: int, image_size: int) -> nn.Module:
+def torchvision_model(name: str, num_classes: int, image_size: int, initialise: bool = True) -> nn.Module:
     """A fresh torchvision classifier without auxiliary logits, whose `forward` returns a tensor in training too.
+
+    Args:
+        name: One of ``torchvision.models.list_models(torchvision.models)``.
+        num_classes: The number of logits.
+        image_size: For transformers, the height and width of the images.
+        initialise: Whether GoogLeNet and InceptionV3, where it is slow, get torchvision's own initialisation.
 
     Raises:
         InputError: If there is none of that name or it cannot be built for that size.
@@ -140,7 +147,7 @@ def torchvision_model(name: str, num_classes: int, image_size: int) -> nn.Module
         raise bad("name", name, f"torchvision has no such classifier{did_you_mean(name, known)}")
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):  # their weights expect it, with or without them: pretrained or not must
-        options = {"aux_logits": False, "init_weights": True, "transform_input": True}  # be the same architecture
+        options = {"aux_logits": False, "init_weights": initialise, "transform_input": True}  # be the same architecture
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     elif name.startswith("maxvit"):
@@ -233,25 +240,20 @@ def load_state(model: nn.Module, layer: nn.Linear, state: MutableMapping[str, Te
             raise InputError(f"{origin}: the weights {what} {keys[0]}{more}: they are not of {type(model).__name__}")
 
 
-def take_out(
+def check_ends_in(
     model: nn.Module, layer: nn.Linear, image_shape: tuple[int, int, int], name: str, hint: str = ""
-) -> tuple[nn.Module, nn.Linear]:
-    """Splits a network into its body and its last layer, after one black image has gone through.
-
-    The image shows whether the network takes this size, and whether nothing comes after `layer`.
+) -> None:
+    """Sends one black image through a fresh network: does it take this size, and is `layer` the last thing in it?
 
     Args:
-        model: The network; loses `layer`.
-        layer: Its last layer.
+        model: The network, in training mode before and after.
+        layer: What should be its last layer.
         image_shape: (C, H, W).
         name: What to call the network in an error.
         hint: What to add to the error for a size that it does not take.
 
-    Returns:
-        The network without the layer, and the layer.
-
     Raises:
-        InputError: If it does not take such images, or does something else after a linear layer.
+        InputError: If it does not take such images, or does something else after `layer`.
     """
     caught: list[tuple[Tensor, Tensor]] = []
     handle = layer.register_forward_hook(lambda _, inputs, output: caught.append((inputs[0], output)))
@@ -268,6 +270,10 @@ def take_out(
     last = bool(caught) and caught[-1][0].ndim == 2
     if not last or not torch.allclose(caught[-1][1], logits, equal_nan=True):
         raise bad("name", name, "its logits are not the output of one nn.Linear; take another model")
+
+
+def take_out(model: nn.Module, layer: nn.Linear) -> tuple[nn.Module, nn.Linear]:
+    """Splits a network: without its last layer it gives the features; and that layer."""
     path, _, attribute = name_of(layer, model).rpartition(".")
     setattr(model.get_submodule(path), attribute, nn.Identity())
     return model, layer

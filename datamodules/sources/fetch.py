@@ -147,7 +147,7 @@ def unpack(archive: Path, member: str, target: Path, limit: int) -> None:
 def _untar(archive: Path, into: Path, limit: int) -> None:
     # read as a stream, through a reader that counts: even headers cannot make it yield more than the limit
     with gzip.open(archive) as packed:
-        counted = cast(IO[bytes], _Limited(packed, archive, limit))
+        counted = cast(IO[bytes], _Limited(packed.read, archive, limit))
         with tarfile.open(fileobj=counted, mode="r|") as tar:
             for member in tar:
                 plain = (member.isreg() and not member.issparse()) or member.isdir()
@@ -178,11 +178,11 @@ _UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.erro
 class _Limited:
     """A stream that refuses to yield more than so many bytes."""
 
-    def __init__(self, stream: IO[bytes], archive: Path, limit: int) -> None:
-        self._stream, self._archive, self._limit, self._left = stream, archive, limit, limit
+    def __init__(self, read: Callable[[int], bytes], archive: Path, limit: int) -> None:
+        self._read, self._archive, self._limit, self._left = read, archive, limit, limit
 
     def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
+        data = self._read(size)
         self._left -= len(data)
         if self._left < 0:
             raise InputError(f"{self._archive}: refused: it would unpack to more than {self._limit:,} bytes")

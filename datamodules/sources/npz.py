@@ -20,7 +20,7 @@ from datamodules.datamodule import Source, Splits
 from datamodules.errors import InputError, bad
 from datamodules.sources.fetch import line, locate
 
-_CHUNK = 16 * 2**20  # bytes read at once: images are turned to channels-first part by part, never twice in memory
+_CHUNK = 2**20  # bytes read at once: what is turned to channels-first is still in the processor's cache
 
 
 class Arrays:
@@ -59,7 +59,7 @@ class Arrays:
         return images
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """The same, a few megabytes at a time, each uint8 (M, C, H, W) and perhaps not contiguous."""
+        """The same, about a megabyte at a time, each uint8 (M, C, H, W) and perhaps not contiguous."""
         with self._open(name) as (file, size):
             n, (channels, height, width), last = self._layout(name, file)
             one = channels * height * width
@@ -118,7 +118,7 @@ class Arrays:
     def _layout(self, name: str, file: IO[bytes]) -> tuple[int, tuple[int, int, int], bool]:
         """N, (C, H, W), and whether the channels come last."""
         shape, fortran, dtype = self._header(name, file)
-        if dtype == np.uint8 and not fortran and prod(shape):
+        if dtype == np.uint8 and not fortran and 0 not in shape:
             if len(shape) == 3:
                 return shape[0], (1, shape[1], shape[2]), False
             if len(shape) == 4 and shape[3] in (1, 3):

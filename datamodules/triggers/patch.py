@@ -75,12 +75,14 @@ def _numbers(picture: object) -> Tensor:
         raise InputError(f"picture: rows must be equally long numbers ({error})") from error
     values = values.unsqueeze(0) if values.ndim == 2 else values
     if values.ndim != 3 or values.is_floating_point() or not 0 <= int(values.min()) <= int(values.max()) <= 255:
-        raise InputError(f"picture: whole numbers 0 … 255 of shape (h, w) or (c, h, w) expected, got {tuple(values.shape)}")
+        raise InputError(
+            f"picture: whole numbers 0 … 255 of shape (h, w) or (c, h, w) expected, got {tuple(values.shape)}"
+        )
     return values.to(torch.uint8)
 
 
 def _read(path: Path, size: int | None) -> tuple[Tensor, Tensor]:
-    """values uint8 (3, h, w) and opacity uint8 (h, w) of an image file."""
+    """Values uint8 (3, h, w) and opacity uint8 (h, w) of an image file."""
     import numpy as np
     from PIL import Image
 

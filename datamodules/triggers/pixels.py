@@ -28,7 +28,9 @@ class Pixels(Stamp):
             raise bad("positions", positions, "give a list of [row, column], such as [[-2, -2]]")
         rows, columns = [p[0] for p in positions], [p[1] for p in positions]
         if len({number < 0 for number in rows + columns}) != 1:
-            raise InputError(f"positions = {positions!r}: count all from the lower right (negative) or from the upper left")
+            raise InputError(
+                f"positions = {positions!r}: count all from the lower right (negative) or from the upper left"
+            )
         top, left = min(rows), min(columns)
         opacity = torch.zeros(max(rows) - top + 1, max(columns) - left + 1, dtype=torch.uint8)
         for row, column in zip(rows, columns, strict=True):
