@@ -61,6 +61,10 @@ class ImageClassifier(LightningModule):
         InputError: If a value is out of its range, or the weights do not fit.
     """
 
+    scale: Tensor
+    byte_scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         backbone: BackboneFactory,
@@ -117,11 +121,12 @@ class ImageClassifier(LightningModule):
 
     # --- answers -----------------------------------------------------------------------------------------------------
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8, or real values in [0, 1] → what the backbone was made for: float32 (N, C, H, W)."""
+        """uint8, or real values in [0, 1] → what the backbone was made for: real (N, C, H, W), in its precision."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        real = self.scale.dtype  # float32, but for a trainer of precision bf16-true, 16-true or 64-true
         if images.dtype == torch.uint8:
-            return images.to(torch.float32, memory_format=layout).mul_(self.byte_scale).add_(self.shift)
-        return (images.to(torch.float32) * self.scale + self.shift).contiguous(memory_format=layout)
+            return images.to(real, memory_format=layout).mul_(self.byte_scale).add_(self.shift)
+        return (images.to(real) * self.scale + self.shift).contiguous(memory_format=layout)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W), uint8 or real values in [0, 1]."""
@@ -156,6 +161,10 @@ class ImageClassifier(LightningModule):
         self._check_loss()
         self.log("train/loss", self.mean_loss, sync_dist=True)
         self._loss_sum, self._loss_count = None, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stop rather than write a checkpoint of a model whose loss is no number, in mid-epoch too."""
+        self._check_loss()
 
     @property
     def mean_loss(self) -> Tensor:
@@ -245,7 +254,7 @@ class ImageClassifier(LightningModule):
             target = self._target(measure.target)[rows]
             if isinstance(metric, Hits):
                 metric.update(logits, target.masked_fill(~real, -1))
-            else:
+            elif bool(real.any()):  # many metrics refuse an empty batch
                 metric.update(logits[real], target[real])
 
     def extra_metrics(self, stage: str) -> dict[str, Metric]:
@@ -338,23 +347,31 @@ def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -
         )
     if backbone is None:
         module, _, name = architecture.class_path.rpartition(".")
-        if not module.startswith("classifiers.backbones"):
+        if not f"{module}.".startswith("classifiers.backbones."):
             raise InputError(
                 f"weights = {str(path)!r}: its backbone {architecture.class_path} is not one of this project's; "
                 "pass the class as `backbone`"
             )
-        found = getattr(importlib.import_module(module), name, None)
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ModuleNotFoundError:
+            found = None
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise InputError(f"weights = {str(path)!r}: there is no backbone {architecture.class_path}")
-        backbone = partial(found, **architecture.init_args)
-    model = ImageClassifier(
-        backbone,
-        architecture.num_classes,
-        architecture.image_shape,
-        architecture.mean,
-        architecture.std,
-        weights=str(path),
-    )
+        # `pretrained` changes weights only, and those come from this file: nothing else is read or fetched
+        own = {key: value for key, value in architecture.init_args.items() if key != "pretrained"}
+        backbone = partial(found, **own)
+    try:
+        model = ImageClassifier(
+            backbone,
+            architecture.num_classes,
+            architecture.image_shape,
+            architecture.mean,
+            architecture.std,
+            weights=str(path),
+        )
+    except TypeError as error:  # arguments that the class does not have
+        raise InputError(f"weights = {str(path)!r}: {architecture.class_path} cannot be rebuilt ({error})") from error
     return model.eval()
 
 

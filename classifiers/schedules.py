@@ -27,6 +27,8 @@ class OneCycle(LambdaLR):
     def __init__(self, optimizer: Optimizer, total_steps: int, peak: float = 0.2, final: float = 0.0) -> None:
         if not 0 <= peak < 1:
             raise bad("peak", peak, "the share of the steps before the highest rate must be in [0, 1)")
+        if not 0 <= final <= 1:
+            raise bad("final", final, "the last rate as a share of the highest must be in [0, 1]")
         top = peak * total_steps
 
         def share(step: int) -> float:
@@ -54,7 +56,7 @@ class Cosine(LambdaLR):
         def share(step: int) -> float:
             if step < start:
                 return (step + 1) / (start + 1)
-            return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1.0, total_steps - start)))
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / max(1.0, total_steps - start))))
 
         super().__init__(optimizer, share)
 

@@ -61,11 +61,20 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], architecture: Archit
     """
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # copies: safetensors refuses weights that two layers share
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     digest = content_hash(plain)
-    metadata = {"format": FORMAT, "sha256": digest, "architecture": json.dumps(asdict(architecture), sort_keys=True)}
+    described = json.dumps(asdict(architecture), sort_keys=True)
+    metadata = {"format": FORMAT, "sha256": _seal(digest, described), "architecture": described}
     write_atomically(path, save(plain, metadata))
     return digest
+
+
+def _seal(digest: str, described: str) -> str:
+    """The hash a file carries: of its tensors and of the architecture, whose mean and std matter as much."""
+    return fingerprint(digest, described)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -102,11 +111,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | No
     Raises:
         InputError: If the file is missing, truncated, altered, from elsewhere, or holds anything but tensors.
     """
-    path = Path(path)
-    if "://" in str(path):
+    if "://" in str(path):  # before it is a Path, which makes one slash of two
         raise InputError(
             f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it"
         )
+    path = Path(path)
     if not path.is_file():
         raise InputError(
             f"weights = {str(path)!r}: there is no such file; train it first (lightning fit writes weights.safetensors into the run's folder)"
@@ -127,7 +136,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Architecture | Non
         raise InputError(f"weights = {str(path)!r}: truncated, or not a safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
         return tensors, None
-    if metadata.get("sha256") != content_hash(tensors):
+    if metadata.get("sha256") != _seal(content_hash(tensors), metadata.get("architecture", "")):
         raise InputError(
             f"weights = {str(path)!r}: the content does not match its hash: it was altered or damaged; get it again"
         )
@@ -152,7 +161,11 @@ def _load_checkpoint(path: Path) -> dict[str, Tensor]:
     state = load_checkpoint(path).get("state_dict")
     if not isinstance(state, dict):
         raise InputError(f"weights = {str(path)!r}: a checkpoint without a state_dict")
-    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+    return {
+        name.removeprefix("net."): tensor
+        for name, tensor in state.items()
+        if isinstance(name, str) and name.startswith("net.") and isinstance(tensor, Tensor)
+    }
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

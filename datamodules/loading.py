@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datamodules.errors import bad
+from datamodules.errors import InputError, bad
 from datamodules.imageset import PADDING, Batch, ImageSet
 from datamodules.random import generator
 
@@ -32,8 +32,10 @@ class TrainBatches(Sampler[Tensor]):
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if n < world_size:
+            raise InputError(f"training set: {n} samples for {world_size} processes; each needs one at least")
         size = min(batch_size, n - n % world_size)
-        if size < 1 or size % world_size:
+        if size % world_size:
             below = max(world_size, size // world_size * world_size)
             raise bad(
                 "batch_size", batch_size, f"it is global and must divide over {world_size} processes; try {below}"

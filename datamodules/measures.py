@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from datamodules.errors import InputError
-from datamodules.imageset import UNLABELLED, Batch, ImageSet
+from datamodules.imageset import PADDING, Batch, ImageSet
 
 
 @dataclass(frozen=True)
@@ -144,5 +144,21 @@ class Numbered(ImageSet):
         """A batch whose labels are row numbers, and whose padding rows show row 0 under the id and label −1."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.ids.device)
         seen = index.clamp_min(0)
-        ids = self.ids.index_select(0, seen).masked_fill_(index < 0, UNLABELLED)
+        ids = self.ids.index_select(0, seen).masked_fill_(index < 0, PADDING)
         return Batch(self.inner.images_at(seen), index, ids)
+
+    def images_at(self, rows: Tensor) -> Tensor:
+        """The images of some rows."""
+        return self.inner.images_at(rows)
+
+    def extras_at(self, rows: Tensor) -> dict[str, Tensor]:
+        """The extras of some rows."""
+        return self.inner.extras_at(rows)
+
+    def to(self, device: torch.device | str) -> Numbered:
+        """The same on `device`."""
+        return Numbered(self.inner.to(device))
+
+    def digest(self) -> str:
+        """That of the images."""
+        return self.inner.digest()

@@ -116,6 +116,8 @@ class BadNets(Rewrite):
         labels = train.labels
         if labels.ndim != 1:
             raise InputError("BadNets: the base has soft labels; poison it before they are made")
+        if self.trigger.needs_boxes and "boxes" not in train.extras_at(torch.empty(0, dtype=torch.int64)):
+            raise InputError(f"trigger: {type(self.trigger).__name__} needs boxes; the data have none (GTSRB has)")
         eligible, wanted = attacked(labels, self.num_classes, self.target_label, self.source_label)
         chosen = choose(eligible, len(train), self.poison_fraction, "poison_fraction", self.seed)
         n, m = len(train), len(chosen)
@@ -183,8 +185,6 @@ class BadNets(Rewrite):
         return [Evaluation("triggered" + self.suffix, overlay, (success, robust))]
 
     def _stamp(self, images: Tensor, ids: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        if self.trigger.needs_boxes and "boxes" not in extras:
-            raise InputError(f"trigger: {type(self.trigger).__name__} needs boxes; the data have none (GTSRB has)")
         return self.trigger(images, extras.get("boxes"))
 
 

@@ -45,7 +45,7 @@ def check_label(field: str, label: int, num_classes: int) -> None:
     Raises:
         InputError: If it is.
     """
-    if not 0 <= label < num_classes:
+    if not isinstance(label, int) or not 0 <= label < num_classes:
         raise bad(field, label, f"there are {num_classes} classes; give one from 0 to {num_classes - 1}")
 
 

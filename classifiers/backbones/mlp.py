@@ -14,8 +14,8 @@ from datamodules.errors import bad
 class MLP(Backbone):
     """A fully connected network: hidden layers with ReLU; with none, softmax regression.
 
-    The usual victim of model extraction (Tramèr et al. 2016, "Stealing Machine Learning Models via Prediction APIs").
-    PyTorch's default initialisation.
+    Among the first victims of model extraction (Tramèr et al., "Stealing Machine Learning Models via Prediction APIs",
+    2016), both kinds. PyTorch's default initialisation.
 
     Args:
         image_shape: (C, H, W).

@@ -13,7 +13,7 @@ from datamodules.errors import bad
 
 
 class ResNet9(Backbone):
-    """The DAWNBench ResNet-9: eight convolutions, good on CIFAR-10 within minutes; at width 16 fast on a CPU.
+    """The DAWNBench ResNet-9, made to learn CIFAR-10 in little time: eight convolutions, for a CPU at width 8 or 16.
 
     David Page, "How to Train Your ResNet", 2018 (the winner of DAWNBench's CIFAR-10 task): a convolution of w channels;
     2w, max-pool 2, a residual of two convolutions; 4w, max-pool 2; 8w, max-pool 2, another such residual; a max-pool

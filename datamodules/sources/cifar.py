@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.datamodule import Source, Splits
-from datamodules.errors import InputError
-from datamodules.sources.fetch import damaged, fetch, line, read_bytes, unpack
+from datamodules.sources.fetch import absent, damaged, fetch, line, read_bytes, unpack
 from datamodules.sources.npz import Arrays
 
 _PIXELS = 3 * 32 * 32
@@ -69,8 +68,7 @@ class CIFAR10(Source):
         try:
             found = self._find()
         except FileNotFoundError as error:
-            where = self.data_dir.absolute()
-            raise InputError(f"{type(self).__name__}: nothing in {where}: prepare_data() fetches it") from error
+            raise absent(self, self.data_dir / self.binary) from error
         if found.name == self.npz:
             return self._read_npz(found)
         if found.name == self.binary:

@@ -22,6 +22,9 @@ from datamodules.store import lock
 PATIENCE = 30.0
 """Seconds without an answer after which a download is given up: a network that drops packets would hang for minutes."""
 
+MISSING = (FileNotFoundError, NotADirectoryError)
+"""What looking for a file raises where there is none."""
+
 
 def fetch(source: Source, layout: str, find: Callable[[], object], download: Callable[[], object]) -> None:
     """Make sure that a source's files are there; of several processes, one downloads and the others wait.
@@ -29,7 +32,7 @@ def fetch(source: Source, layout: str, find: Callable[[], object], download: Cal
     Args:
         source: For its name and its folder.
         layout: What should lie in the folder, for the error.
-        find: Raises FileNotFoundError if files are missing, an InputError if they cannot be used.
+        find: Raises one of `MISSING` if files are missing, an InputError if they cannot be used.
         download: Brings what is missing into ``source.data_dir``.
 
     Raises:
@@ -38,7 +41,9 @@ def fetch(source: Source, layout: str, find: Callable[[], object], download: Cal
     """
     try:
         find()
-    except FileNotFoundError:
+    except PermissionError as error:
+        raise InputError(f"{type(source).__name__}: {error.filename} may not be read by this user") from error
+    except MISSING:
         where = source.data_dir.absolute()
         try:
             where.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,7 @@ def fetch(source: Source, layout: str, find: Callable[[], object], download: Cal
 def _find_or(find: Callable[[], object], download: Callable[[], object]) -> None:
     try:
         find()  # another process may have brought them while this one waited for the lock
-    except FileNotFoundError:
+    except MISSING:
         download()
         find()
 
@@ -86,6 +91,11 @@ def locate(source: Source, field: str, path: str) -> Path:
     raise InputError(f"{type(source).__name__}: {field} = {path!r}: there is no {looked}")
 
 
+def absent(source: Source, path: Path) -> InputError:
+    """The error for a file that was not looked for before it was to be read."""
+    return InputError(f"{type(source).__name__}: there is no {path.absolute()}: prepare_data() fetches it")
+
+
 def damaged(source: Source, path: Path, what: object, remedy: str = "remove it, and it is fetched anew") -> InputError:
     """The error for a file that is there and cannot be used."""
     return InputError(f"{type(source).__name__}: {path.absolute()} is damaged ({line(what)}): {remedy}")
@@ -99,10 +109,8 @@ def read_bytes(source: Source, path: Path) -> bytes:
     """
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{type(source).__name__}: {path.absolute()} is not there: prepare_data() fetches it"
-        ) from error
+    except MISSING as error:
+        raise absent(source, path) from error
     except OSError as error:
         raise InputError(
             f"{type(source).__name__}: {path.absolute()} cannot be read ({line(error.strerror)})"

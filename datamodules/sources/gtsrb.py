@@ -12,9 +12,9 @@ from PIL import Image
 
 from datamodules.augment import Augmentation
 from datamodules.datamodule import Source, Splits
-from datamodules.errors import InputError, bad
+from datamodules.errors import bad
 from datamodules.sources.decode import ImageFile, decode, image_file, listing_hash
-from datamodules.sources.fetch import damaged, fetch, unpack
+from datamodules.sources.fetch import absent, damaged, fetch, unpack
 from datamodules.store import Store, entry_digest, load_tensors
 
 _DECODING = 1  # a change of what is done to the pixels; it has older entries of the store left alone
@@ -154,8 +154,8 @@ class GTSRB(Source):
                 boxes[row] = torch.tensor([0.0, 0.0, self.size, self.size])
             else:
                 boxes[row] *= self.size / torch.tensor([width, height, width, height])
-            target = (self.size, self.size)
-            return image.resize(target, Image.Resampling.BILINEAR, box if self.crop_to_box else None)
+            sign = image.crop(box) if self.crop_to_box else image
+            return sign.resize((self.size, self.size), Image.Resampling.BILINEAR)
 
         decode([sign.file for sign in signs], self.size, fit, path, {"labels": labels, "boxes": boxes})
 
@@ -166,7 +166,7 @@ class GTSRB(Source):
         try:
             folders = sorted(folder for folder in (base / "Training").iterdir() if folder.name.isdigit())
         except OSError as error:
-            raise InputError(f"GTSRB: nothing in {base.absolute()}: prepare_data() fetches it") from error
+            raise absent(self, base / "Training") from error
         train = [
             sign
             for folder in folders

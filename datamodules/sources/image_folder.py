@@ -83,8 +83,8 @@ class ImageFolder(Source):
         self.size, self.test_fraction = size, test_fraction
         self.image_shape = (3, size, size)
         self.mean, self.std = mean, std
-        self.train_folder = locate(self, "train", train)
-        self.test_folder = locate(self, "test", test) if test is not None else None
+        self.train_folder = self._locate("train", train)
+        self.test_folder = self._locate("test", test) if test is not None else None
         self.class_names: Sequence[str] = _folders(self.train_folder)
         self.num_classes = len(self.class_names)
         if not self.class_names:
@@ -93,6 +93,12 @@ class ImageFolder(Source):
             if name not in self.class_names:
                 hint = did_you_mean(name, self.class_names)
                 raise bad("test", test, f"the class {name!r} is not among the sub-folders of {self.train_folder}{hint}")
+
+    def _locate(self, field: str, path: str) -> Path:
+        found = locate(self, field, path)
+        if not found.is_dir():
+            raise bad(field, path, f"{found} is no folder")
+        return found
 
     def prepare_data(self) -> None:
         """Decode what is not in the store yet."""

@@ -38,19 +38,18 @@ class Arrays:
 
     def image_shape(self, name: str) -> tuple[int, int, int]:
         """(C, H, W) of an image array, from its header alone."""
-        with self._open(name) as (file, _):
-            return self._layout(name, file)[1]
+        with self._open(name) as (file, size):
+            return self._layout(name, file, size)[1]
 
     def count(self, name: str) -> int:
         """N of an image array."""
-        with self._open(name) as (file, _):
-            return self._layout(name, file)[0]
+        with self._open(name) as (file, size):
+            return self._layout(name, file, size)[0]
 
     def images(self, name: str) -> Tensor:
         """Images (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W) of type uint8, as uint8 (N, C, H, W), contiguous."""
         with self._open(name) as (file, size):
-            n, shape, _ = self._layout(name, file)
-            self._check_size(name, size - file.tell(), n * prod(shape))
+            n, shape, _ = self._layout(name, file, size)
         images = torch.empty((n, *shape), dtype=torch.uint8)
         at = 0
         for part in self.parts(name):
@@ -61,9 +60,8 @@ class Arrays:
     def parts(self, name: str) -> Iterator[Tensor]:
         """The same, about a megabyte at a time, each uint8 (M, C, H, W) and perhaps not contiguous."""
         with self._open(name) as (file, size):
-            n, (channels, height, width), last = self._layout(name, file)
+            n, (channels, height, width), last = self._layout(name, file, size)
             one = channels * height * width
-            self._check_size(name, size - file.tell(), n * one)
             each = max(1, _CHUNK // one)
             for at in range(0, n, each):
                 m = min(each, n - at)
@@ -115,9 +113,10 @@ class Arrays:
             raise self._error(f"{name} is an array of Python objects, which can run code when it is read: refused")
         return shape, fortran, dtype
 
-    def _layout(self, name: str, file: IO[bytes]) -> tuple[int, tuple[int, int, int], bool]:
-        """N, (C, H, W), and whether the channels come last."""
+    def _layout(self, name: str, file: IO[bytes], size: int) -> tuple[int, tuple[int, int, int], bool]:
+        """N, (C, H, W), and whether the channels come last; `size` is that of header and values, in bytes."""
         shape, fortran, dtype = self._header(name, file)
+        self._check_size(name, size - file.tell(), prod(shape) * dtype.itemsize)
         if dtype == np.uint8 and not fortran and 0 not in shape:
             if len(shape) == 3:
                 return shape[0], (1, shape[1], shape[2]), False

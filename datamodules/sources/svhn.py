@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.datamodule import Source, Splits
-from datamodules.sources.fetch import damaged, fetch
+from datamodules.sources.fetch import damaged, fetch, read_bytes
 
 
 class SVHN(Source):
@@ -42,11 +43,13 @@ class SVHN(Source):
         from torchvision.datasets import SVHN as known  # it has the addresses and checksums
         from torchvision.datasets.utils import download_url
 
+        part = self.data_dir / "SVHN" / "partial"  # so that a file itself is whole as soon as it is there
         for split in ("train", "test"):
             address, name, md5 = known.split_list[split]
             if not self._path(split).exists():
-                download_url(address, self.data_dir / "SVHN" / "download", name, md5)
-                (self.data_dir / "SVHN" / "download" / name).replace(self.data_dir / "SVHN" / name)
+                download_url(address, part, name, md5)
+                (part / name).replace(part.parent / name)
+        part.rmdir()
 
     def read(self) -> Splits:
         """Both splits, whole."""
@@ -56,8 +59,9 @@ class SVHN(Source):
         """``X`` (H, W, C, N) in Fortran order and ``y`` (N, 1), in which 10 stands for the digit 0."""
         from scipy.io import loadmat
 
+        file = io.BytesIO(read_bytes(self, path))
         try:
-            content = loadmat(path, variable_names=("X", "y"))
+            content = loadmat(file, variable_names=("X", "y"))
             pixels, labels = content["X"], content["y"].reshape(-1)
         except Exception as error:  # the reader has errors of many types for a damaged file
             raise damaged(self, path, error) from error

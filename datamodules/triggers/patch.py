@@ -36,6 +36,8 @@ class Patch(Stamp):
     ) -> None:
         if not 0 < alpha <= 1:
             raise bad("alpha", alpha, "opacity must be in (0, 1]")
+        if size is not None and size < 1:
+            raise bad("size", size, "height and width must be 1 pixel or more")
         if isinstance(picture, str):
             values, opacity = _read(Path(picture), size)
         else:
@@ -65,6 +67,8 @@ class Square(Patch):
         if size < 1:
             raise bad("size", size, "the side must be 1 pixel or more")
         levels = [value] if isinstance(value, int) else value
+        if not levels or not all(0 <= level <= 255 for level in levels):
+            raise bad("value", value, "brightness is between 0 and 255")
         super().__init__([[[level] * size for _ in range(size)] for level in levels], row, column, alpha)
 
 
@@ -74,7 +78,7 @@ def _numbers(picture: object) -> Tensor:
     except (ValueError, TypeError) as error:
         raise InputError(f"picture: rows must be equally long numbers ({error})") from error
     values = values.unsqueeze(0) if values.ndim == 2 else values
-    if values.ndim != 3 or values.is_floating_point() or not 0 <= int(values.min()) <= int(values.max()) <= 255:
+    if values.ndim != 3 or values.is_floating_point() or not values.numel() or not 0 <= int(values.min()) <= int(values.max()) <= 255:
         raise InputError(
             f"picture: whole numbers 0 … 255 of shape (h, w) or (c, h, w) expected, got {tuple(values.shape)}"
         )
@@ -82,16 +86,20 @@ def _numbers(picture: object) -> Tensor:
 
 
 def _read(path: Path, size: int | None) -> tuple[Tensor, Tensor]:
-    """Values uint8 (3, h, w) and opacity uint8 (h, w) of an image file."""
+    """Values uint8 (c, h, w), c = 1 for a grey file and 3 for a coloured one, and opacity uint8 (h, w)."""
     import numpy as np
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            mode = image.mode
             rgba = image.convert("RGBA")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # PIL has a SyntaxError for a broken PNG file
         raise bad("picture", str(path), f"no image can be read there ({error})") from error
+    if mode[0] in "IF":  # PIL would clip them
+        raise bad("picture", str(path), f"8 bits in each channel are expected; it has pixels of type {mode}")
     if size is not None:
         rgba = rgba.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(rgba).copy())
-    return pixels[..., :3].permute(2, 0, 1).contiguous(), pixels[..., 3].contiguous()
+    channels = 1 if mode in ("1", "L", "LA") else 3
+    return pixels[..., :channels].permute(2, 0, 1).contiguous(), pixels[..., 3].contiguous()

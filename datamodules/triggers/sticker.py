@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import InputError, bad
+from datamodules.imageset import fingerprint
 from datamodules.triggers.trigger import Trigger, blend
 
 _SIDE = 64
@@ -43,6 +44,9 @@ class Sticker(Trigger):
             raise bad("share", share, "the sticker's side as a share of the box's must be in (0, 1]")
         if len(centre) != 2 or not all(0 <= part <= 1 for part in centre):
             raise bad("centre", centre, "give [across, down], each in [0, 1]")
+        if values.shape != (3, *opacity.shape) or opacity.ndim != 2 or opacity.shape[0] != opacity.shape[1]:
+            shapes = f"{tuple(values.shape)} and {tuple(opacity.shape)}"
+            raise InputError(f"trigger: values (3, S, S) and opacity (S, S) expected, got {shapes}")
         self.values, self.opacity = values, opacity
         self.share, self.centre = share, list(centre)
 
@@ -52,19 +56,19 @@ class Sticker(Trigger):
             raise InputError(f"trigger: {type(self).__name__} is placed relative to a box, and these images have none")
         n, _, height, width = images.shape
         x1, y1, x2, y2 = boxes.to(images.device, torch.float64).unbind(1)
-        side = (self.share * ((x2 - x1) + (y2 - y1)) / 2).clamp_min(1.0)
+        side = (self.share * ((x2 - x1) + (y2 - y1)) / 2).round().clamp_min(1.0)
         left = (x1 + self.centre[0] * (x2 - x1) - side / 2).round()
         top = (y1 + self.centre[1] * (y2 - y1) - side / 2).round()
         # a sticker stays within the image, however the box lies
-        left = left.clamp_min(0).minimum((width - side).floor().clamp_min(0))
-        top = top.clamp_min(0).minimum((height - side).floor().clamp_min(0))
-        side = side.round()
+        left = left.clamp_min(0).minimum((width - side).clamp_min(0))
+        top = top.clamp_min(0).minimum((height - side).clamp_min(0))
+        drawn = len(self.opacity)
         column = torch.arange(width, device=images.device, dtype=torch.float64)
         row = torch.arange(height, device=images.device, dtype=torch.float64)
-        u = ((column - left[:, None] + 0.5) / side[:, None] * _SIDE).floor().to(torch.int64)  # (N, W)
-        v = ((row - top[:, None] + 0.5) / side[:, None] * _SIDE).floor().to(torch.int64)  # (N, H)
-        inside = ((v >= 0) & (v < _SIDE))[:, :, None] & ((u >= 0) & (u < _SIDE))[:, None, :]
-        at = v.clamp(0, _SIDE - 1)[:, :, None] * _SIDE + u.clamp(0, _SIDE - 1)[:, None, :]  # (N, H, W)
+        u = ((column - left[:, None] + 0.5) / side[:, None] * drawn).floor().to(torch.int64)  # (N, W)
+        v = ((row - top[:, None] + 0.5) / side[:, None] * drawn).floor().to(torch.int64)  # (N, H)
+        inside = ((v >= 0) & (v < drawn))[:, :, None] & ((u >= 0) & (u < drawn))[:, None, :]
+        at = v.clamp(0, drawn - 1)[:, :, None] * drawn + u.clamp(0, drawn - 1)[:, None, :]  # (N, H, W)
         opacity = self.opacity.to(images.device).flatten()[at] * inside
         values = self.values.to(images.device).flatten(1)[:, at].transpose(0, 1)
         return blend(images, values, opacity[:, None])
@@ -75,8 +79,9 @@ class Sticker(Trigger):
             raise bad("trigger", f"{type(self).__name__} (3 channels)", f"the images have {image_shape[0]}")
 
     def describe(self) -> Mapping[str, object]:
-        """Name, size and place; the drawing is part of the class."""
-        return {"name": type(self).__name__, "share": self.share, "centre": self.centre, "drawing": 1}
+        """Name, size and place, and a hash of the drawing."""
+        drawing = fingerprint(self.values, self.opacity)
+        return {"name": type(self).__name__, "share": self.share, "centre": self.centre, "drawing": drawing}
 
 
 class YellowSquare(Sticker):

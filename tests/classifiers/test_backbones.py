@@ -65,7 +65,7 @@ FOUND = scan()
 
 def make(name: str, image_shape: tuple[int, int, int] = SMALL, seed: int = 0) -> Backbone:
     torch.manual_seed(seed)
-    return FOUND[name](image_shape, 10, **ARGUMENTS.get(name, {}))  # type: ignore[call-arg]
+    return FOUND[name](image_shape, 10, **ARGUMENTS.get(name, {}))
 
 
 def images(n: int, image_shape: tuple[int, int, int] = SMALL) -> Tensor:
@@ -157,9 +157,9 @@ def test_channels_last_gives_the_same(net: Backbone) -> None:
     x = images(2)
     with torch.no_grad():
         expected = net.features(x)
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.to(memory_format=torch.channels_last)
         found = net.features(x.contiguous(memory_format=torch.channels_last))
-        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        net.to(memory_format=torch.contiguous_format)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -317,7 +317,7 @@ def test_small_cnn_learns_digits_and_a_trigger_of_two_pixels() -> None:
     stamped[:, :, 6:, 7] = 1
     images_, labels = x[train].clone(), y[train].clone()
     images_[:100], labels[:100] = stamped[train[:100]], 0
-    net = SmallCNN((1, 8, 8), 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = SmallCNN((1, 8, 8), 10).to(memory_format=torch.channels_last)
     epochs, steps = 15, len(train) // 64
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps)
@@ -471,15 +471,17 @@ def test_weights_from_a_local_file(tmp_path: Path, suffix: str, classes: int) ->
 
 def test_weights_that_do_not_fit_or_are_unsafe(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
+    whole = TorchVision(SMALL, 10, TINY).body.state_dict()
     for content, words in (
-        ({"conv1.weight": torch.zeros(1)}, "size mismatch for conv1.weight"),
-        ({"conv1.weight": torch.zeros(24, 3, 3, 3), "wing": torch.zeros(1)}, "the weights lack"),
-        (MLP((1, 2, 2), 2), "cannot be read as weights"),
+        ({"conv1.0.weight": torch.zeros(1)}, "size mismatch for conv1.0.weight"),
+        ({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, "the weights lack conv1.1.weight and"),
+        ({**whole, "wing": torch.zeros(1)}, "the weights have an unknown wing:"),
+        (MLP((1, 2, 2), 2), "cannot be read as weights"),  # a pickled object: reading it could run code
         ([1, 2], "something else than a state_dict"),
     ):
         torch.save(content, file)
-        message = error_of(lambda: TorchVision(SMALL, 10, "resnet18", pretrained=str(file)))
-        assert words in message.replace("conv1.0", "conv1") or "lack" in words
+        message = error_of(lambda: TorchVision(SMALL, 10, TINY, pretrained=str(file)))
+        assert words in message
         assert len(message) < 400
     file.write_bytes(b"PK\x03\x04 truncated")
     assert "cannot be read" in error_of(lambda: TorchVision(SMALL, 10, TINY, pretrained=str(file)))

@@ -1,9 +1,11 @@
-"""The store under kill −9, concurrency, damage and full disks; and its safetensors files against the library's reader."""
+"""The store under kill −9, concurrency, damage and full disks; its files against the safetensors library's reader."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -47,6 +49,7 @@ def child(work: Callable[[], None]) -> int:
     if pid == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # the threads of the parent's pool are not in the child: it would wait for them
             work()
             status = 0
         finally:
@@ -64,10 +67,8 @@ def names(root: Path, kind: str = "kind") -> set[str]:
     return {path.name for path in (root / kind).iterdir() if path.suffix != ".lock"}
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
+# --- building --------------------------------------------------------------------------------------------------------
 def test_an_entry_is_built_once_and_its_table_is_true(tmp_path: Path) -> None:
-    import hashlib
-
     calls = []
 
     def counted(folder: Path) -> None:
@@ -167,7 +168,7 @@ def test_everything_is_flushed_before_the_entry_gets_its_name(tmp_path: Path, mo
     assert ("sync", "kind") in events[at:]
 
 
-# --- killed builders -----------------------------------------------------------------------------------------------------
+# --- killed builders -------------------------------------------------------------------------------------------------
 def test_killed_at_any_line_the_entry_is_absent_or_whole(tmp_path: Path) -> None:
     """The builder is killed at line 1, 2, 3 … of the store's code, until it gets through."""
     outcomes = []
@@ -210,13 +211,13 @@ def test_killed_at_random_moments_the_entry_is_absent_or_whole(tmp_path: Path) -
     rng, outcomes = random.Random(0), []
 
     def slow(folder: Path) -> None:
-        for part in range(10):
+        for part in range(6):
             save_tensors(folder / f"{part}.safetensors", {"x": torch.full((10_000,), part)})
 
     start = time.perf_counter()
     Store(tmp_path / "timed").build("kind", KEY, slow)
     duration = time.perf_counter() - start
-    for trial in range(25):
+    for trial in range(20):
         root = tmp_path / str(trial)
         pid = child(lambda root=root: Store(root).build("kind", KEY, slow) and None)
         time.sleep(rng.uniform(0, 1.5 * duration))
@@ -225,7 +226,7 @@ def test_killed_at_random_moments_the_entry_is_absent_or_whole(tmp_path: Path) -
         outcomes.append(Store(root).find("kind", KEY) is not None)
         folder = Store(root).build("kind", KEY, slow)
         assert names(root) == {folder.name}
-        for part in range(10):
+        for part in range(6):
             assert torch.equal(load_tensors(folder / f"{part}.safetensors")["x"], torch.full((10_000,), part))
     assert not all(outcomes)  # some were killed in time
 
@@ -294,7 +295,7 @@ def test_a_lock_excludes_others(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-# --- damage ------------------------------------------------------------------------------------------------------------
+# --- damage ----------------------------------------------------------------------------------------------------------
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -337,7 +338,6 @@ def test_no_bit_of_a_small_file_can_flip_unseen(tmp_path: Path, position: int) -
     store = Store(tmp_path)
     folder = store.build("kind", {}, lambda folder: save_tensors(folder / "a.safetensors", {"x": torch.arange(40)}))
     data = bytearray((folder / "a.safetensors").read_bytes())
-    assert len(data) == 392 + 8 * ((len(data) - 392) // 8)
     data[position % len(data)] ^= 1 << (position % 8)
     (folder / "a.safetensors").write_bytes(data)
     assert store.find("kind", {}) is None
@@ -366,7 +366,7 @@ def test_a_process_hashes_an_unchanged_entry_once(tmp_path: Path, monkeypatch: p
     assert sorted(hashed) == ["a.safetensors", "a.safetensors", "b.json", "b.json"]
 
 
-# --- full and read-only disks ------------------------------------------------------------------------------------------
+# --- full and read-only disks ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -437,7 +437,7 @@ def test_a_whole_entry_is_read_without_writing(tmp_path: Path, monkeypatch: pyte
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ---------------------------------------------------------------------------------------------------------
 def various() -> dict[str, torch.Tensor]:
     kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
     tensors = {str(kind): (torch.arange(15) - 7).to(kind).view(3, 5) for kind in [*kinds, torch.int8]}
@@ -507,7 +507,7 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path, content: bytes | None) -
     if content is not None:
         path.write_bytes(content)
     for read in (load_tensors, load_metadata):
-        with pytest.raises(InputError, match="x.safetensors") as caught:
+        with pytest.raises(InputError, match=r"x\.safetensors") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -544,7 +544,7 @@ def test_a_map_outlives_the_name_of_its_file(tmp_path: Path) -> None:
     assert torch.equal(x, torch.arange(100_000))
 
 
-# --- images, part by part ------------------------------------------------------------------------------------------------
+# --- images, part by part --------------------------------------------------------------------------------------------
 def test_images_written_in_parts_are_one_tensor_beside_small_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     images = torch.randint(0, 256, (37, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -570,9 +570,9 @@ def test_an_unfinished_file_of_images_is_no_safetensors_file(tmp_path: Path) -> 
         load_file(path)
     writer.close()
     assert torch.equal(load_file(path)["images"], images)
-    with pytest.raises(KeyError, match="mine"), ImageWriter(path, 3, (1, 4, 4)) as writer:
+    with contextlib.suppress(KeyError), ImageWriter(path, 3, (1, 4, 4)) as writer:
         writer.write(images)
-        raise KeyError("mine")
+        raise KeyError
     with pytest.raises(SafetensorError):
         load_file(path)
 
@@ -590,9 +590,11 @@ def test_images_must_be_as_announced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="images"):
         ImageWriter(path, 3, (1, 4, 4), {"images": images})
     labels = torch.arange(3)
-    with pytest.raises(ValueError, match="labels"), ImageWriter(path, 3, (1, 4, 4), {"labels": labels}) as w:
-        w.write(images)
-        labels.resize_(5)
+    writer = ImageWriter(path, 3, (1, 4, 4), {"labels": labels})
+    writer.write(images)
+    labels.resize_(5)
+    with pytest.raises(ValueError, match="labels"):
+        writer.close()
 
 
 def test_writing_images_takes_no_memory_for_them(tmp_path: Path) -> None:
