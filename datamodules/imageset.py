@@ -51,7 +51,7 @@ def fingerprint(*parts: object) -> str:
             tensor = part.detach().cpu().contiguous()
             digest.update(f"|{tensor.dtype}{tuple(tensor.shape)}|".encode())
             if tensor.numel():
-                digest.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"|{part!r}|".encode())
     return digest.hexdigest()
@@ -154,6 +154,11 @@ class Overlay(ImageSet):
         InputError: If lengths do not fit, or a rewriter has no key.
     """
 
+    base: ImageSet
+    rows: Tensor
+    changed: Tensor | None
+    rewriter: Rewriter | None
+
     def __init__(
         self,
         base: ImageSet,
@@ -171,9 +176,9 @@ class Overlay(ImageSet):
         self.ids = base.ids.index_select(0, rows) if ids is None else ids
         _check_labels(self.labels, self.ids, len(rows))
         if isinstance(base, Overlay) and base.rewriter is None:  # a selection of a selection is one selection
-            base, rows = base.base, base.rows.index_select(0, rows)
-        self.base = base
-        self.rows = rows
+            self.base, self.rows = base.base, base.rows.index_select(0, rows)
+        else:
+            self.base, self.rows = base, rows
         self.rewriter = rewriter
         self.key = key
         self.changed = changed if changed is not None or rewriter is None else torch.ones_like(rows, dtype=torch.bool)

@@ -115,9 +115,9 @@ class Loader(DataLoader[Batch]):
         # a generator of its own: a DataLoader draws a seed for its workers from the global one at every epoch
         super().__init__(
             images,
-            batch_sampler=batches,
+            batch_sampler=batches,  # type: ignore[arg-type] # tensors of rows, not lists
             num_workers=num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type] # a batch is fetched whole
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(0),

@@ -55,7 +55,7 @@ class Rewrite(ImageDataModule):
         """Prepare the base."""
         self.base.prepare_data()
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str = "fit") -> None:
         """Set the base up, then rewrite its training set, once."""
         self.base.setup(stage)
         if self._train_set is None:
@@ -143,7 +143,7 @@ class Rewrite(ImageDataModule):
         return self.base.rewrite_batch(batch)
 
     @property
-    def trainer(self) -> Trainer | None:  # type: ignore[override]
+    def trainer(self) -> Trainer | None:
         """The trainer, which the base gets too."""
         return self._trainer
 

@@ -166,7 +166,7 @@ class BadNets(Rewrite):
 
     def facts(self) -> Facts:
         """How much was poisoned, and with what."""
-        found = {
+        found: Facts = {
             "poisoned": len(self._poisoned_ids),
             "poisoned_share_of_set": len(self._poisoned_ids) / max(1, len(self.train_set)),
             "poison_fraction": self.poison_fraction,

@@ -22,7 +22,7 @@ IDS = torch.arange(50_000)
 
 
 def splitmix(seed: int, purpose: str, epoch: int, sample: int, columns: int) -> list[int]:
-    """The definition, in Python's unbounded integers: SHA-256 for the key, splitmix64 of the counter, its top 31 bits."""
+    """The definition in unbounded integers: SHA-256 for the key, splitmix64 of the counter, its top 31 bits."""
     key = int.from_bytes(hashlib.sha256(f"{seed}|{purpose}|{epoch}".encode()).digest()[:8], "big")
     numbers = []
     for column in range(columns):

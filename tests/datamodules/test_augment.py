@@ -1,0 +1,163 @@
+"""Augmentation of whole batches: against padding and slicing image by image, at every offset."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from datamodules.augment import FlipCrop, crop, flip
+from datamodules.imageset import fingerprint
+from tests.helpers import global_randomness_untouched, refused, uniformity
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Never 0: zeros are the padding."""
+    return torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def cropped(image: Tensor, top: int, left: int, padding: int) -> Tensor:
+    """One image, the slow way."""
+    height, width = image.shape[1:]
+    return pad(image, (padding,) * 4)[:, top : top + height, left : left + width]
+
+
+def reference(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
+    return torch.stack([cropped(*each, padding) for each in zip(images, top.tolist(), left.tolist(), strict=True)])
+
+
+# --- crop -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 1, 1), (4, 3, 1), (2, 1, 6)])
+@pytest.mark.parametrize("padding", [0, 1, 2, 5])
+def test_crop_at_every_offset(shape: tuple[int, int, int], padding: int) -> None:
+    steps = 2 * padding + 1
+    top, left = (part.flatten() for part in torch.meshgrid(torch.arange(steps), torch.arange(steps), indexing="ij"))
+    images = noise((steps * steps, *shape))  # the last image is at the extreme offset
+    found = crop(images, top, left, padding)
+    assert found.is_contiguous()
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, reference(images, top, left, padding))
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_crop_of_any_batch(case: int) -> None:
+    seed = torch.Generator().manual_seed(case)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=seed))
+
+    n, channels, height, width, padding = number(1, 9), number(1, 4), number(1, 11), number(1, 11), number(0, 6)
+    images = noise((n, channels, height, width), case)
+    if case % 4 == 1:
+        images = images.to(memory_format=torch.channels_last)
+    elif case % 4 == 2:
+        images = noise((n, channels, height, 2 * width), case)[..., ::2]  # strided
+    elif case % 4 == 3:
+        images = images.float() / 255
+    top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=seed)
+    for extreme in (0, 2 * padding):
+        top[-1] = left[-1] = extreme
+        before = fingerprint(images)
+        assert torch.equal(crop(images, top, left, padding), reference(images, top, left, padding))
+        assert fingerprint(images) == before
+
+
+def test_crop_in_the_middle_changes_nothing_and_an_empty_batch_stays_empty() -> None:
+    images = noise((5, 3, 8, 8))
+    middle = torch.full((5,), 4)
+    assert torch.equal(crop(images, middle, middle, 4), images)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert crop(images[:0], nothing, nothing, 4).shape == (0, 3, 8, 8)
+
+
+def test_crop_of_a_part_of_a_larger_batch() -> None:
+    """A slice has an offset into its memory, from which the windows must be counted."""
+    images = noise((9, 3, 6, 6))
+    top, left = torch.tensor([0, 2, 1]), torch.tensor([2, 0, 2])
+    for padding in (1, 0):
+        part = images[5:8]
+        at = (top * (padding > 0), left * (padding > 0))
+        assert torch.equal(crop(part, *at, padding), reference(part, *at, padding))
+
+
+# --- flip -------------------------------------------------------------------------------------------------------------
+def test_flip_mirrors_left_to_right_what_is_to_be_flipped() -> None:
+    images = noise((4, 3, 5, 6))
+    before = images.clone()
+    flipped = flip(images, torch.tensor([True, False, False, True]))
+    for row, mirrored in enumerate((True, False, False, True)):
+        expected = torch.tensor(before[row].numpy()[:, :, ::-1].copy()) if mirrored else before[row]
+        assert torch.equal(flipped[row], expected)
+    assert torch.equal(images, before)
+    assert torch.equal(flip(images, torch.zeros(4, dtype=torch.bool)), before)
+    twice = torch.ones(4, dtype=torch.bool)
+    assert torch.equal(flip(flip(images, twice), twice), before)
+    assert torch.equal(images, before)
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+def numbered_pixels(n: int, height: int = 9, width: int = 9) -> Tensor:
+    """Every pixel of an image has its own value, so that a crop tells where it was cut."""
+    return torch.arange(1, height * width + 1, dtype=torch.uint8).view(1, 1, height, width).repeat(n, 1, 1, 1)
+
+
+def outcomes(padding: int, mirrored: bool, height: int = 9, width: int = 9) -> list[bytes]:
+    """All possible results, with the flip before the crop."""
+    image = numbered_pixels(1, height, width)[0]
+    versions = [image, image.flip(-1)] if mirrored else [image]
+    steps = range(2 * padding + 1)
+    return [
+        bytes(cropped(version, top, left, padding).numpy().tobytes())
+        for version in versions
+        for top in steps
+        for left in steps
+    ]
+
+
+@pytest.mark.parametrize(("padding", "mirrored"), [(4, True), (2, False), (0, True)])
+def test_all_offsets_and_both_sides_occur_equally_often(padding: int, mirrored: bool) -> None:
+    possible = {outcome: number for number, outcome in enumerate(outcomes(padding, mirrored))}
+    n = 40 * len(possible)
+    found = FlipCrop(padding, mirrored)(numbered_pixels(n), torch.arange(n), seed=0, epoch=0)
+    numbers = torch.tensor([possible[image.numpy().tobytes()] for image in found])  # KeyError: not a crop at all
+    assert len(numbers.unique()) == len(possible)
+    assert uniformity(numbers, len(possible)) > 1e-4
+
+
+def test_an_augmentation_belongs_to_the_id_and_not_to_the_batch() -> None:
+    images, ids = noise((64, 3, 8, 8)), torch.arange(64) * 13 + 7
+    augment = FlipCrop(3)
+    whole = augment(images, ids, seed=5, epoch=2)
+    assert not torch.equal(whole, images)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(augment(images[order], ids[order], 5, 2), whole[order])
+    for rows in (torch.tensor([63]), torch.arange(10, 27), torch.tensor([5, 5, 5])):
+        assert torch.equal(augment(images[rows], ids[rows], 5, 2), whole[rows])
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    images, ids = numbered_pixels(200), torch.arange(200)
+    augment = FlipCrop(4)
+    with global_randomness_untouched():
+        found = {(s, e): fingerprint(augment(images, ids, s, e)) for s in (0, 1) for e in (0, 1, 2)}
+    assert len(set(found.values())) == 6
+    torch.manual_seed(12)
+    assert {key: fingerprint(augment(images, ids, *key)) for key in found} == found
+    assert torch.equal(images, numbered_pixels(200))  # the input is not changed
+    # one id: over 60 epochs it is not always cut alike
+    assert len({fingerprint(augment(images[:1], ids[:1], 0, epoch)) for epoch in range(60)}) > 30
+
+
+def test_real_images_are_augmented_as_bytes_are() -> None:
+    images, ids = noise((16, 3, 6, 6)), torch.arange(16)
+    real = FlipCrop(2)(images.float() / 255, ids, 0, 0)
+    assert real.dtype == torch.float32
+    assert torch.equal((real * 255).round().to(torch.uint8), FlipCrop(2)(images, ids, 0, 0))
+
+
+def test_nothing_to_do_and_negative_padding() -> None:
+    images = noise((3, 1, 4, 4))
+    assert torch.equal(FlipCrop(0, flip=False)(images, torch.arange(3), 0, 0), images)
+    with refused("padding = -1"):
+        FlipCrop(-1)
