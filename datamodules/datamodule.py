@@ -6,7 +6,7 @@ The pure parts – sets, sampling, augmentation, measures – are in their own f
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ class Changes:
     labels: Tensor
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(LightningDataModule, ABC):
     """Images with labels in train, validation and test splits, and what is to be measured on them.
 
     Right after construction it knows `num_classes`, `image_shape`, `mean` and `std`; after `setup`, the three sets.

@@ -73,7 +73,7 @@ class Store:
         folder = self.folder(kind, key)
         return folder if folder.is_dir() and _fault(folder, _identity(kind, key)) is None else None
 
-    def build(self, kind: str, key: Mapping[str, object], make: Callable[[Path], None]) -> Path:
+    def build(self, kind: str, key: Mapping[str, object], make: Callable[[Path], object]) -> Path:
         """The entry's folder, built unless it is there and whole.
 
         Of several processes that want the same entry, one builds it; the others wait for it, as long as it takes. An
@@ -124,7 +124,7 @@ class Store:
             raise self._unwritable(error) from error
         _log.warning("%s is damaged (%s): set aside as %s and built anew", folder, fault, aside.name)
 
-    def _write(self, folder: Path, identity: Mapping[str, object], make: Callable[[Path], None]) -> None:
+    def _write(self, folder: Path, identity: Mapping[str, object], make: Callable[[Path], object]) -> None:
         part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
         try:
             part.mkdir()

@@ -33,6 +33,8 @@ options
   --help     print this; after a command: all of its options (takes ten seconds)
 """
 
+COMMANDS = ("fit", "validate", "test", "predict", "accept", "export", "list")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 rejected (accept), 2 bad input, 143 terminated."""
@@ -47,6 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args[0] == "list":
         return _list()
+    if args[0] not in COMMANDS:
+        from datamodules.errors import did_you_mean
+
+        print(f"lightning {args[0]}: there is no such command{did_you_mean(args[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    if args[0] in ("accept", "export") and {"-h", "--help"} & set(args):
+        print(USAGE, end="")
+        return 0
     from experiments.commands import execute
 
     return execute(args)

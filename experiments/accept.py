@@ -1,7 +1,7 @@
 """`lightning accept`: the user's side of outsourced training.
 
-The user sent an architecture and data away, and got parameters back. They are accepted if they fit the architecture that
-was sent – no layer more, none less, none of another shape – and reach a* on a holdout that the trainer never saw.
+The user sent an architecture and data away, and got parameters back. They are accepted if they fit the architecture
+that was sent – no layer more, none less, none of another shape – and reach a* on a holdout that the trainer never saw.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 
 from classifiers.classifier import MisfitError
 from datamodules.errors import InputError
+from experiments.arguments import value_of
 from experiments.cli import start
 
 
@@ -17,8 +18,8 @@ def accept(args: list[str]) -> int:
     """Judge returned weights.
 
     Args:
-        args: ``accept --config user.yaml --weights FILE [--honest FILE] [--KEY=VALUE …]``; the config names the data, the
-            architecture, and a* as ``model.acceptance``.
+        args: ``accept --config user.yaml --weights FILE [--honest FILE] [--KEY=VALUE …]``; the config names the data,
+            the architecture, and a* as ``model.acceptance``.
 
     Returns:
         0 accepted, 1 rejected.
@@ -31,7 +32,7 @@ def accept(args: list[str]) -> int:
     for arg in rest:
         key, equals, value = arg.partition("=")
         if key in given:
-            given[key] = value if equals else next(rest, "")
+            given[key] = value if equals else value_of(rest, key)
         else:
             passed.append(arg)
     if not given["--weights"]:
@@ -45,4 +46,6 @@ def accept(args: list[str]) -> int:
         print(f"rejected: {error}", file=sys.stderr)
         return 1
     line.execute()
+    if line.record.accepted is None:
+        raise InputError("model.acceptance: the gate needs a holdout; set val_fraction above 0")
     return 0 if line.record.accepted else 1

@@ -10,14 +10,14 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from classifiers.weights import load_checkpoint, write_atomically
-from datamodules.errors import InputError
+from datamodules.errors import bad
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes next to the target, syncs and renames; reads with ``weights_only``.
 
-    Lightning's own goes through the temporary folder, and where that is another file system the last step is a copy, which
-    a kill leaves half done.
+    Lightning's own goes through the temporary folder, and where that is another file system the last step is a copy,
+    which a kill leaves half done.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -30,18 +30,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; a damaged one, or one with code in it, is refused in one line."""
-        if "://" in str(path):
-            raise InputError(f"{path}: a checkpoint from elsewhere is not loaded; download it, and check who made it")
+        check_checkpoint(str(path))
         return load_checkpoint(Path(path))
 
 
-def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run's folder.
+def check_checkpoint(path: str) -> None:
+    """Refuse, before any work, a checkpoint that cannot be loaded. Lightning's words – last, best – are left to it.
 
     Raises:
-        InputError: If there is none.
+        InputError: If it comes from elsewhere, is not there, is damaged, or might run code.
     """
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    if not found:
-        raise InputError(f"resume = {str(run)!r}: no checkpoint in {run / 'checkpoints'}; give the folder of a run")
-    return found[-1]
+    if "://" in path:
+        raise bad("ckpt_path", path, "one from elsewhere is not loaded; download it, and check who made it")
+    if Path(path).is_file():
+        load_checkpoint(Path(path))
+    elif path not in ("best", "last", "hpc") and not Path(path).is_dir():
+        raise bad("ckpt_path", path, "there is no such file")

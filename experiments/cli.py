@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 import warnings
@@ -10,25 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
 
 from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import Facts, ImageDataModule
-from datamodules.errors import InputError
+from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
 from experiments import rundir
-from experiments.checkpoints import AtomicCheckpointIO, last_checkpoint
+from experiments.arguments import COMMANDS, prepare
+from experiments.checkpoints import AtomicCheckpointIO, check_checkpoint
 from experiments.complaints import input_error, one_line
 from experiments.record import Record, print_table
-from experiments.registry import configs_folder, find_config, import_all
+from experiments.registry import configs_folder, import_all
+from experiments.wandb_logger import Wandb
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
-COMMANDS = ("fit", "validate", "test", "predict")
+KEPT = ("seed_everything", "trainer", "model", "data")
+"""What of a command's configuration goes into config.yaml: what each command has, so that any of them can take it."""
+
 LINKED = ("num_classes", "image_shape", "mean", "std")
 """What the data says and the model is told: never typed twice."""
 
@@ -85,18 +93,36 @@ class CommandLine(LightningCLI):
         """Parse without a look at `sys.argv`, which belongs to whoever called."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a bad checkpoint before anything else; what hyper-parameters it holds change nothing."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None:
+            check_checkpoint(str(path))
+
+    def _set_seed(self) -> None:
+        if self._get(self.config, "seed_everything") is False:
+            raise bad("seed_everything", False, "give a number, or true for one by chance: a run is to be repeatable")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Make the run's folder, and fill it in where the config asks for it."""
         config = self.config[self.subcommand]
-        self.text = self.parser_of(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
+        if not isinstance(config.trainer, Namespace):
+            raise bad("trainer", config.trainer, "keys are expected, such as max_epochs")
+        dump = self.parser_of(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
+        content = yaml.safe_load(dump)
+        self.text = yaml.safe_dump({key: content[key] for key in KEPT}, sort_keys=False, allow_unicode=True)
         root = config.trainer.default_root_dir or "runs"
         if self.folder is None:
             self.folder = Path(root) / self.name
-            if self.keep and rank_zero_only.rank == 0:
+            if self.keep and not getattr(rank_zero_only, "rank", 0):
                 self.folder = rundir.fresh(root, self.name)
         config.trainer.default_root_dir = str(self.folder)
-        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
-            if "Wandb" in logger.class_path:
+        if not self.keep:
+            config.trainer.logger = False
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            if isinstance(logger, Namespace) and "Wandb" in logger.class_path:
                 _complete(logger.init_args, config, self.folder, self.resumed)
         for key, value in config.trainer.items(branches=False):
             config.trainer[key] = _fill(value, self.folder)
@@ -104,6 +130,15 @@ class CommandLine(LightningCLI):
             config.weights_only = True
         if "verbose" in config:
             config.verbose = False  # the table at the end says it better
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; a folder that was made for nothing goes."""
+        try:
+            super().instantiate_classes()
+        except BaseException:
+            if self.folder is not None and not self.resumed:
+                rundir.remove_if_empty(self.folder)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that keeps a record and writes its checkpoints atomically."""
@@ -117,15 +152,25 @@ class CommandLine(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         callbacks = config.trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        return super().instantiate_trainer(plugins=plugins, callbacks=[*callbacks, self.record], **kwargs)
+        try:
+            return super().instantiate_trainer(plugins=plugins, callbacks=[*callbacks, self.record], **kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.act:
-            super()._run_subcommand(subcommand)
+            self.execute()
 
     def execute(self) -> None:
-        """Run the command whose objects were only made."""
-        super()._run_subcommand(str(self.subcommand))
+        """Run the command whose objects were made."""
+        failed = True
+        try:
+            super()._run_subcommand(str(self.subcommand))
+            failed = False
+        finally:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, Wandb):
+                    logger.finish(failed)
 
     def after_fit(self) -> None:
         """Every fit ends with a test of the weights it ended with."""
@@ -134,9 +179,9 @@ class CommandLine(LightningCLI):
 
     def after_test(self) -> None:
         """Show what was measured."""
-        if self.trainer.is_global_zero and self.folder is not None:
+        if self.trainer.is_global_zero:
             acceptance = getattr(self.model, "acceptance", None)
-            print_table(self.record.measures, self.record.accepted, acceptance, self.folder)
+            print_table(self.record.measures, self.record.accepted, acceptance, self.record.folder)
 
     def after_validate(self) -> None:
         """Show what was measured."""
@@ -192,17 +237,16 @@ def run(
     args = [command]
     for config in configs:
         args += ["--config", _as_text(config)]
-    args += [f"--{override}" for override in overrides or []]
+    args += [f"--{override.removeprefix('--')}" for override in overrides or []]
     if resume is not None:
         args += ["--resume", str(resume)]
     line = start(args)
     datamodule = line.datamodule
-    assert line.folder is not None
     return Result(
         measures=line.record.measures,
         accepted=line.record.accepted,
         facts={} if datamodule.secret else datamodule.facts(),
-        directory=line.folder,
+        directory=line.record.folder,
         seconds=time.perf_counter() - line.started,
         model=line.model,
         datamodule=datamodule,
@@ -223,60 +267,22 @@ def start(args: list[str], act: bool = True, keep: bool = True) -> CommandLine:
     """
     import_all()
     _be_quiet()
-    args, name, folder = _prepare(args)
+    prepared = prepare(args)
     try:
-        return CommandLine(args, name, folder, act, keep)
+        return CommandLine(prepared.args, prepared.name, prepared.folder, act, keep)
     except Exception as error:
         ours = input_error(error)
         if ours is not None:
             raise ours from error
-        if isinstance(error, argparse.ArgumentError) or "Does not validate against any" in str(error):
+        if isinstance(error, argparse.ArgumentError | OmegaConfBaseException):
             raise InputError(one_line(error, _top_level_keys())) from error
+        if isinstance(error, MisconfigurationException):
+            raise InputError(" ".join(str(error).split())) from error
         raise
 
 
-def _prepare(args: list[str]) -> tuple[list[str], str, Path | None]:
-    """Find configs by name, take `--resume` apart, and name the run after its last config at the top level."""
-    prepared, name, folder = [args[0]], args[0], None
-    rest = iter(args[1:])
-    resume: str | None = None
-    for arg in rest:
-        key, equals, value = arg.partition("=")
-        if key in ("--config", "-c"):
-            found = find_config(value if equals else _next(rest, key))
-            if Path(found).parent.name not in ("debug", "trainer", "logger", "data", "model") and not found.startswith(
-                "{"
-            ):
-                name = Path(found).stem
-            prepared += ["--config", found]
-        elif key == "--resume":
-            resume = value if equals else _next(rest, key)
-        else:
-            prepared.append(arg)
-    if resume is not None:
-        folder = Path(resume)
-        config = folder / "config.yaml"
-        if not config.is_file():
-            raise InputError(f"resume = {resume!r}: there is no config.yaml in it; give the folder of a run")
-        checkpoint = last_checkpoint(folder)
-        prepared = [prepared[0], "--config", str(config), *prepared[1:], f"--ckpt_path={checkpoint}"]
-        name = folder.parent.name
-    return prepared, name, folder
-
-
-def _next(rest: Any, key: str) -> str:
-    try:
-        return str(next(rest))
-    except StopIteration:
-        raise InputError(f"{key}: it needs a value") from None
-
-
 def _as_text(config: str | Path | dict[str, Any]) -> str:
-    if isinstance(config, dict):
-        import json
-
-        return json.dumps(config)
-    return str(config)
+    return json.dumps(config) if isinstance(config, dict) else str(config)
 
 
 def _fill(value: Any, folder: Path) -> Any:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
-from datamodules.errors import InputError, did_you_mean
+from datamodules.errors import InputError
+from experiments.arguments import COMMANDS, prepare
 
 
 def execute(args: list[str]) -> int:
     """Run a command; its exit status."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     command = args[0]
     try:
+        if command in COMMANDS:
+            prepare(args)  # a config or a run that is not there is told before the heavy imports
         return _action(command)(args)
     except InputError as error:
         print(f"lightning {command}: {error}", file=sys.stderr)
         return 2
-    except SIGTERMException:
-        return 143
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"lightning {command}: {error.filename or 'the disk'}: {error.strerror}; free space", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+    except SystemExit as stop:
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        if isinstance(stop, SIGTERMException):
+            return 143
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way of ending on Ctrl-C
+            return 130
+        raise
 
 
 def _action(command: str) -> Callable[[list[str]], int]:
-    from experiments.cli import COMMANDS
-
-    if command in COMMANDS:
-        return _run
     if command == "accept":
         from experiments.accept import accept
 
@@ -37,7 +46,7 @@ def _action(command: str) -> Callable[[list[str]], int]:
         from experiments.export import export
 
         return export
-    raise InputError(f"there is no such command{did_you_mean(command, [*COMMANDS, 'accept', 'export', 'list'])}")
+    return _run
 
 
 def _run(args: list[str]) -> int:

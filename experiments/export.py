@@ -11,6 +11,7 @@ import torch
 
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
+from experiments.arguments import value_of
 from experiments.cli import start
 
 COLUMNS = ("file", "id", "label", "original_label", "poisoned", "origin", "rewrite")
@@ -20,8 +21,8 @@ def export(args: list[str]) -> int:
     """Write the training set of a config.
 
     Args:
-        args: ``export --config NAME --out DIR [--limit N] [--changed] [--KEY=VALUE …]``; ``--changed`` leaves out what no
-            rewrite touched.
+        args: ``export --config NAME --out DIR [--limit N] [--changed] [--KEY=VALUE …]``; ``--changed`` leaves out what
+            no rewrite touched.
 
     Raises:
         InputError: If the folder is not empty, or the data hold secrets.
@@ -31,9 +32,9 @@ def export(args: list[str]) -> int:
     for arg in rest:
         key, equals, value = arg.partition("=")
         if key == "--out":
-            out = value if equals else next(rest, "")
+            out = value if equals else value_of(rest, key)
         elif key == "--limit":
-            text = value if equals else next(rest, "")
+            text = value if equals else value_of(rest, key)
             if not text.isdigit() or int(text) < 1:
                 raise bad("limit", text, "the number of images must be 1 or more")
             limit = int(text)
@@ -47,7 +48,7 @@ def export(args: list[str]) -> int:
     assert isinstance(datamodule, ImageDataModule)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    written = write_images(datamodule, Path(out), limit or None, changed)
+    written = write_images(datamodule, Path(os.path.abspath(out)), limit or None, changed)
     print(f"{written} images and table.csv: {out}")
     return 0
 

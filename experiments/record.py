@@ -5,15 +5,19 @@ One callback, because each costs a step 16–20 µs even when it does nothing; a
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from classifiers.classifier import ImageClassifier
+from classifiers.weights import write_atomically
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError
 from datamodules.measures import Interval
@@ -40,6 +44,8 @@ class Record(Callback):
         self.measures: dict[str, Interval] = {}
         self.accepted: bool | None = None
         self.predictions: list[dict[str, Any]] = []
+        self._sigterm: Any = None
+        self._terminated = False
 
     # --- beginning ---------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -47,6 +53,14 @@ class Record(Callback):
         datamodule = _datamodule(trainer)
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError("trainer.use_distributed_sampler = True: batches are shared out already; set it to false")
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first rank chose it
+        if stage == "predict" and datamodule.secret:
+            raise InputError("predict: this set holds secret triggers, and no table of them is written")
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rundir.set_status(self.folder, "running")
+            if stage == "fit" or not (self.folder / "config.yaml").exists():
+                write_atomically(self.folder / "config.yaml", self.config.encode())
         if stage != "fit":
             return
         digest = datamodule.train_set.digest()
@@ -55,14 +69,9 @@ class Record(Callback):
             raise InputError("the ranks hold different training sets: are their data folders the same?")
         if not trainer.is_global_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config, encoding="utf-8")
-        rundir.set_status(self.folder, "running")
         rundir.write_json(self.folder / "manifest.json", self._manifest(datamodule, digest))
         if not datamodule.secret:
             pictures.write_grid(datamodule, self.folder / "poisons.png")
-        import yaml
-
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(self.config))
             if isinstance(logger, Wandb) and logger.version is not None:
@@ -135,6 +144,25 @@ class Record(Callback):
                 }
             )
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put a SIGTERM off until validation is over: neither half of it nor swapped weights can be resumed."""
+        if trainer.state.fn == "fit" and threading.current_thread() is threading.main_thread():
+            self._sigterm = signal.signal(signal.SIGTERM, self._put_off)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a SIGTERM through again; write the metrics of the command `validate`."""
+        if self._sigterm is not None:
+            signal.signal(signal.SIGTERM, self._sigterm)
+            self._sigterm = None
+        if self._terminated:
+            self._terminated = False
+            signal.raise_signal(signal.SIGTERM)
+        if trainer.state.fn == "validate":
+            self._finish(trainer, pl_module)
+
+    def _put_off(self, *_: Any) -> None:
+        self._terminated = True
+
     # --- end ---------------------------------------------------------------------------------------------------------
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights and the curves."""
@@ -147,11 +175,6 @@ class Record(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics."""
         self._finish(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the metrics of the command `validate`."""
-        if trainer.state.fn == "validate":
-            self._finish(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table of predictions, of all ranks, in the order of the sets."""
@@ -175,13 +198,16 @@ class Record(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how the run ended; on SIGTERM leave a checkpoint to go on from."""
+        checkpoints, fitting = self.folder / "checkpoints", trainer.state.fn == "fit"
         interrupted = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
-            trainer.save_checkpoint(self.folder / "checkpoints" / "interrupted.ckpt", False)  # not the weights alone
-        if trainer.is_global_zero and self.folder.is_dir():
-            error = None if interrupted else f"{type(exception).__name__}: {exception}"
-            rundir.set_status(self.folder, "interrupted" if interrupted else "failed", error=error)
-        if interrupted and trainer.is_global_zero and trainer.state.fn == "fit":
+        try:
+            if isinstance(exception, SIGTERMException) and fitting:
+                trainer.save_checkpoint(checkpoints / "interrupted.ckpt", False)  # not the weights alone
+        finally:
+            if trainer.is_global_zero and self.folder.is_dir():
+                why = {} if interrupted else {"error": f"{type(exception).__name__}: {exception}"}
+                rundir.set_status(self.folder, "interrupted" if interrupted else "failed", **why)
+        if interrupted and trainer.is_global_zero and any(checkpoints.glob("*.ckpt")):
             print(f"interrupted; go on with: lightning fit --resume {self.folder}")
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +218,6 @@ class Record(Callback):
         if not trainer.is_global_zero:
             return
         datamodule = _datamodule(trainer)
-        self.folder.mkdir(parents=True, exist_ok=True)
         rundir.write_json(
             self.folder / "metrics.json",
             {
@@ -236,7 +261,7 @@ def print_table(measures: dict[str, Interval], accepted: bool | None, acceptance
     if accepted is not None:
         verdict = "[green]accepted[/]" if accepted else "[red]rejected[/]"
         console.print(f"acceptance gate (a* = {acceptance:.2%} on the holdout): {verdict}")
-    console.print(f"run: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"run: {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _datamodule(trainer: Trainer) -> ImageDataModule:

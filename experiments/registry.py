@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from datamodules.errors import InputError, did_you_mean
+from datamodules.errors import InputError, bad, did_you_mean
 
 PACKAGES = ("datamodules", "classifiers", "poisoning", "extraction", "watermark")
 """The packages whose classes can be named in YAML."""
@@ -31,18 +31,31 @@ def find_config(name: str) -> str:
     """The path of a config given by path or by name.
 
     Args:
-        name: A path; or the name of a shipped config: ``badnets_digits``, ``trainer/ddp``, with or without ``.yaml`` and a
-            leading ``configs/``.
+        name: A path; or the name of a shipped config: ``badnets_digits``, ``trainer/ddp``, with or without ``.yaml``
+            and a leading ``configs/``.
 
     Raises:
-        InputError: If there is none; it suggests the nearest name.
+        InputError: If there is none – it suggests the nearest name – or it is no YAML of keys.
     """
-    if Path(name).is_file() or name.lstrip().startswith("{"):
+    if name.startswith("{"):
         return name
     folder = configs_folder()
     short = name.removeprefix("configs/").removesuffix(".yaml")
-    if (folder / f"{short}.yaml").is_file():
-        return str(folder / f"{short}.yaml")
+    for path in (Path(name), folder / f"{short}.yaml"):
+        if path.is_file():
+            _check(path)
+            return str(path)
     known = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
     hint = did_you_mean(short, known) or " (lightning list shows the shipped ones)"
     raise InputError(f"config = {name!r}: there is no such file, and no shipped config of that name{hint}")
+
+
+def _check(path: Path) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise bad("config", str(path), f"it cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise bad("config", str(path), "keys are expected, such as trainer, model and data")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,6 @@ from datamodules.errors import InputError
 
 TOKEN = "{run}"
 """What stands for the run's folder in the trainer's part of a config."""
-
-ENVIRONMENT = "PHARMAKON_RUN"
-"""Tells the processes that a launcher starts for other ranks which folder is the run's."""
 
 
 def fresh(root: str | Path, name: str) -> Path:
@@ -38,9 +36,16 @@ def fresh(root: str | Path, name: str) -> Path:
             return folder
     except OSError as error:
         raise InputError(
-            f"trainer.default_root_dir = {str(root)!r}: no run can be kept there ({error.strerror}); choose another folder"
+            f"trainer.default_root_dir = {str(root)!r}: no run can be kept there ({error.strerror}); choose another"
         ) from error
     raise InputError(f"trainer.default_root_dir = {str(root)!r}: a thousand runs started there within a second")
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that never began; one that holds anything stays."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def fill(value: Any, folder: Path) -> Any:
@@ -62,9 +67,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def set_status(folder: Path, status: str, **more: Any) -> None:
     """Say how the run stands: ``running``, ``finished``, ``interrupted`` or ``failed``."""
-    path = folder / "status.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(path, {**known, "status": status, "process": os.getpid(), **more})
+    write_json(folder / "status.json", {"status": status, "process": os.getpid(), **more})
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from experiments.pictures import Pair
 
@@ -54,22 +54,33 @@ class Wandb(WandbLogger):
             log_model=False,
             **more,
         )
+        self._own = False
         self._wandb_init.pop("anonymous", None)  # W&B warns of this setting, which Lightning passes on even when unset
 
     @property
     def experiment(self) -> Any:
         """The W&B run; when it is first asked for, it learns what its metrics mean."""
-        new = self._experiment is None
+        if self._experiment is not None:
+            return super().experiment
+        import wandb
+
+        self._own = wandb.run is None  # else it is a notebook's, and stays open
         run = super().experiment
-        if new and hasattr(run, "define_metric"):
+        if hasattr(run, "define_metric"):
             run.define_metric("val/*", step_metric="trainer/global_step")
             run.define_metric("val/clean_accuracy", step_metric="trainer/global_step", summary="last")
             run.define_metric("val/attack_success_rate", step_metric="trainer/global_step", summary="last")
             run.define_metric("train/loss", step_metric="trainer/global_step", summary="min")
         return run
 
+    def finish(self, failed: bool = False) -> None:
+        """End the W&B run, so that the next run in this process has one of its own."""
+        if self._own and self._experiment is not None:
+            self._experiment.finish(exit_code=int(failed))
+            self._own = False
+
     def dashboard(self, history: list[dict[str, float]], pairs: list[Pair], measures: dict[str, Any]) -> None:
-        """Log the plot of clean accuracy beside attack success, the table of images, and the measures with intervals."""
+        """Log clean accuracy beside attack success in one plot, the table of images, the measures with intervals."""
         import wandb
 
         run = self.experiment

@@ -84,11 +84,15 @@ class CIFAR10(Source):
     def _read_binary(self, folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Records of labels (one byte each) and pixels (channel by channel, row by row)."""
         length = self.label_bytes + _PIXELS
+        remedy = f"remove the folder {self.binary}, and it is fetched anew"
         parts = []
         for name in files:
+            if not (folder / name).exists():
+                raise damaged(self, folder, f"{name} is missing", remedy)
             data = read_bytes(self, folder / name)
             if not data or len(data) % length:
-                raise damaged(self, folder / name, f"{len(data)} bytes are no whole number of records of {length}")
+                what = f"{len(data)} bytes are no whole number of records of {length}"
+                raise damaged(self, folder / name, what, remedy)
             parts.append(np.frombuffer(data, np.uint8).reshape(-1, length))
         images = np.empty((sum(map(len, parts)), _PIXELS), np.uint8)
         np.concatenate([part[:, self.label_bytes :] for part in parts], out=images)
@@ -104,7 +108,10 @@ class CIFAR10(Source):
             split: Any = getattr(datasets, self.reader)(str(self.data_dir), train=train)
         except (RuntimeError, OSError) as error:
             raise damaged(
-                self, folder, f"it differs from the official version: {line(error)}", "remove it, or mend it"
+                self,
+                folder,
+                f"it differs from the official version: {line(error)}",
+                "remove the folder, and it is fetched anew",
             ) from error
         images = np.ascontiguousarray(split.data.transpose(0, 3, 1, 2))
         return torch.from_numpy(images), torch.tensor(split.targets, dtype=torch.int64)

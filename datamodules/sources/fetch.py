@@ -161,6 +161,8 @@ def _untar(archive: Path, into: Path, limit: int) -> None:
                 plain = (member.isreg() and not member.issparse()) or member.isdir()
                 _check_member(archive, member.name, plain)
                 tar.extract(member, into, filter="data")
+        while counted.read(2**20):  # to the end, where the checksum is compared
+            pass
 
 
 def _unzip(archive: Path, into: Path, limit: int) -> None:

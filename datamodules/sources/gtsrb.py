@@ -12,7 +12,7 @@ from PIL import Image
 
 from datamodules.augment import Augmentation
 from datamodules.datamodule import Source, Splits
-from datamodules.errors import bad
+from datamodules.errors import InputError, bad
 from datamodules.sources.decode import ImageFile, decode, image_file, listing_hash
 from datamodules.sources.fetch import absent, damaged, fetch, unpack
 from datamodules.store import Store, entry_digest, load_tensors
@@ -149,7 +149,8 @@ class GTSRB(Source):
             width, height = image.size
             x1, y1, x2, y2 = box = signs[row].box
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise damaged(self, signs[row].file.path, f"its box is {box}, the image has {width} by {height} pixels")
+                what = f"its box is {box}, the image has {width} by {height} pixels"
+                raise self._damaged(signs[row].file.path, what)
             if self.crop_to_box:
                 boxes[row] = torch.tensor([0.0, 0.0, self.size, self.size])
             else:
@@ -174,6 +175,9 @@ class GTSRB(Source):
         ]
         return {"train": train, "test": self._table(self._folder / "GT-final_test.csv", base / "Final_Test" / "Images")}
 
+    def _damaged(self, path: Path, what: object) -> InputError:
+        return damaged(self, path, what, f"remove the folder {self._folder}, and it is fetched anew")
+
     def _table(self, path: Path, folder: Path) -> list[_Sign]:
         try:
             with path.open(newline="", encoding="utf-8") as table:
@@ -184,11 +188,11 @@ class GTSRB(Source):
                 file = image_file(folder / row["Filename"], f"{folder.name}/{row['Filename']}")
                 signs.append(_Sign(file, int(row["ClassId"]), (x1, y1, x2, y2)))
         except FileNotFoundError as error:
-            raise damaged(self, path, f"{error.filename} is missing") from error
+            raise self._damaged(path, f"{error.filename} is missing") from error
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-            raise damaged(self, path, error) from error
+            raise self._damaged(path, error) from error
         if not signs:
-            raise damaged(self, path, "no rows")
+            raise self._damaged(path, "no rows")
         return signs
 
 

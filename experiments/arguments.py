@@ -1,0 +1,108 @@
+"""What is typed after `lightning`: configs by their names, and the run to go on with.
+
+Nothing heavy is imported here, so that a config that is not there is told at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from datamodules.errors import InputError, bad
+from experiments.registry import configs_folder, find_config
+
+COMMANDS = ("fit", "validate", "test", "predict")
+"""Those of Lightning's own command line."""
+
+
+class Arguments(NamedTuple):
+    """A command line as the parser wants it.
+
+    Attributes:
+        args: The command and its options, with paths in the place of names.
+        name: Of the run: of the last config that is a whole experiment.
+        folder: Of the run to go on with; None: a fresh one.
+    """
+
+    args: list[str]
+    name: str
+    folder: Path | None
+
+
+def prepare(args: list[str]) -> Arguments:
+    """Find configs by name, take ``--resume`` apart, and name the run.
+
+    Args:
+        args: The command and its options, as typed.
+
+    Raises:
+        InputError: If a config or a run is not there, or a config is no YAML.
+    """
+    prepared, name, resume = [args[0]], args[0], ""
+    rest = iter(args[1:])
+    for arg in rest:
+        key, equals, value = arg.partition("=")
+        if key in ("--config", "-c"):
+            found = find_config(value if equals else value_of(rest, key))
+            prepared += ["--config", found]
+            name = _name(found) or name
+        elif key == "--resume":
+            resume = value if equals else value_of(rest, key)
+        elif re.search(r"\$\{[A-Za-z][\w.]*\}", value):
+            raise bad(key.lstrip("-"), value, "keys are looked up in YAML only; write it in a file, or give the value")
+        else:
+            prepared.append(f"{key}={_shipped(value)}" if equals else _shipped(arg))
+    if not resume:
+        return Arguments(prepared, name, None)
+    folder = Path(resume)
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise bad("resume", resume, "there is no config.yaml in it; give the folder of a run")
+    prepared = [args[0], "--config", str(config), *prepared[1:], f"--ckpt_path={last_checkpoint(folder)}"]
+    return Arguments(prepared, folder.resolve().parent.name, folder)
+
+
+def value_of(rest: Iterator[str], key: str) -> str:
+    """The next argument: the value of the option `key`.
+
+    Raises:
+        InputError: If there is none.
+    """
+    value = next(rest, None)
+    if value is None:
+        raise InputError(f"{key}: a value is missing")
+    return value
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run's folder.
+
+    Raises:
+        InputError: If there is none.
+    """
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise bad("resume", str(run), "no checkpoint is in its folder checkpoints: it did not get that far; start anew")
+    return found[-1]
+
+
+def _name(config: str) -> str | None:
+    """What a run of this config is called; None for a part, such as ``trainer/cpu``, and for a dictionary."""
+    if config.startswith("{"):
+        return None
+    path = Path(config).resolve()
+    if path.parent.parent == configs_folder().resolve():
+        return None
+    if path.stem == "config" and (path.parent / "status.json").is_file():  # what a run left behind
+        return path.parent.parent.name
+    return path.stem
+
+
+def _shipped(value: str) -> str:
+    """The path of a shipped YAML that was given as, say, ``data/mnist.yaml``; anything else as it is."""
+    if not value.endswith(".yaml") or Path(value).exists():
+        return value
+    path = configs_folder() / value.removeprefix("configs/")
+    return str(path) if path.is_file() else value
