@@ -246,7 +246,7 @@ class Source(ImageDataModule):
     # --- what a subclass gives ---------------------------------------------------------------------------------------
     @abstractmethod
     def read(self) -> Splits:
-        """Read both splits from disk. Called on every rank; must not write.
+        """Read both splits from disk. Called on every rank; writes nothing but through the store.
 
         Raises:
             InputError: If something is missing or damaged; it names the file and the remedy.

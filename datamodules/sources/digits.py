@@ -48,9 +48,7 @@ class Digits(Source):
         split_seed: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(
-            None, batch_size, eval_batch_size, val_fraction, augment, 0, resident, split_seed, seed
-        )
+        super().__init__(None, batch_size, eval_batch_size, val_fraction, augment, 0, resident, split_seed, seed)
         if not 0 < test_fraction < 1:
             raise bad("test_fraction", test_fraction, "the share of the test set must be in (0, 1)")
         self.test_fraction = test_fraction

@@ -78,7 +78,12 @@ def _numbers(picture: object) -> Tensor:
     except (ValueError, TypeError) as error:
         raise InputError(f"picture: rows must be equally long numbers ({error})") from error
     values = values.unsqueeze(0) if values.ndim == 2 else values
-    if values.ndim != 3 or values.is_floating_point() or not values.numel() or not 0 <= int(values.min()) <= int(values.max()) <= 255:
+    if (
+        values.ndim != 3
+        or values.is_floating_point()
+        or not values.numel()
+        or not 0 <= int(values.min()) <= int(values.max()) <= 255
+    ):
         raise InputError(
             f"picture: whole numbers 0 … 255 of shape (h, w) or (c, h, w) expected, got {tuple(values.shape)}"
         )
