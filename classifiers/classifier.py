@@ -1,7 +1,7 @@
 """ImageClassifier: the LightningModule that victims, surrogates and watermarked models extend.
 
-It trains on hard or soft labels, and evaluates whatever measures its datamodule declares: a new attack needs no new model
-code and no new metric code. It takes pixels as they are stored and normalises them itself.
+It trains on hard or soft labels, and evaluates whatever measures its datamodule declares: a new attack needs no new
+model code and no new metric code. It takes pixels as they are stored and normalises them itself.
 """
 
 from __future__ import annotations
@@ -335,7 +335,8 @@ def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -
 
     Args:
         path: A weights file.
-        backbone: What makes the network, for classes from outside this project: a file must not choose what is imported.
+        backbone: What makes the network, for classes from outside this project: a file must not choose what is
+            imported.
 
     Raises:
         InputError: If the file carries no architecture, or names a class that is not one of this project's backbones.

@@ -7,6 +7,7 @@ once the trainer is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -75,8 +76,8 @@ class Steps(LambdaLR):
         self,
         optimizer: Optimizer,
         total_steps: int,
-        milestones: list[float] = [0.5, 0.75],
-        factor: float = 0.1,  # noqa: B006
+        milestones: Sequence[float] = (0.5, 0.75),
+        factor: float = 0.1,
     ) -> None:
         steps = [share * total_steps for share in milestones]
         super().__init__(optimizer, lambda step: factor ** sum(step >= at for at in steps))

@@ -1,7 +1,7 @@
 """Weights files: safetensors that carry what is needed to rebuild the classifier, and a hash of their content.
 
-A checkpoint of Lightning's holds optimizer and loop state and is for resuming; a weights file is for handing a model on.
-Neither safetensors nor torch notices a flipped bit: the hash does. Nothing here unpickles code.
+A checkpoint of Lightning's holds optimizer and loop state and is for resuming; a weights file is for handing a model
+on. Neither safetensors nor torch notices a flipped bit: the hash does. Nothing here unpickles code.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | No
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"weights = {str(path)!r}: there is no such file; train it first (lightning fit writes weights.safetensors into the run's folder)"
+            f"weights = {str(path)!r}: there is no such file; train it first: "
+            "lightning fit writes weights.safetensors into the run's folder"
         )
     if path.suffix == ".safetensors":
         return _load_safetensors(path)

@@ -1,6 +1,7 @@
 """ImageDataModule: what a source of images and a rewrite of it have in common.
 
-The pure parts – sets, sampling, augmentation, measures – are in their own files; this is the Lightning shell round them.
+The pure parts – sets, sampling, augmentation, measures – are in their own files; this is the Lightning shell round
+them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 Rewriter = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""images uint8 (M, C, H, W), ids int64 (M,), extras (M rows each) → images of the same shape. Pure: no state, no RNG."""
+"""images uint8 (M, C, H, W), ids int64 (M,), extras (M rows each) → images of the same shape. Pure: no state."""
 
 
 def fingerprint(*parts: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,8 @@ from datamodules.random import generator
 class TrainBatches(Sampler[Tensor]):
     """Shuffled batches, keyed by (seed, epoch); the batch size is global, and each rank takes its part of every batch.
 
-    The last incomplete batch of an epoch is left out; which samples those are changes from epoch to epoch. A set smaller
-    than one batch is one batch.
+    The last incomplete batch of an epoch is left out; which samples those are changes from epoch to epoch. A set
+    smaller than one batch is one batch.
 
     Args:
         n: Samples.
@@ -77,7 +78,7 @@ class EvaluationBatches(Sampler[Tensor]):
         self.size = max(1, min(batch_size, -(-n // world_size)))
 
     def __len__(self) -> int:
-        return -(-self.n // (self.size * self.world_size))
+        return math.ceil(self.n / (self.size * self.world_size))
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in range(len(self)):

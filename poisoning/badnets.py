@@ -3,13 +3,13 @@
 Paper: Gu, Dolan-Gavitt & Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain",
 arXiv 1708.06733 (2017).
 
-Threat model: the user outsources training. The attacker sees and controls the whole training set and the training; the
-user accepts the returned model only if its accuracy on a held-out validation set reaches a*. The attacker wants triggered
-images classified as he says and everything else as before.
+Threat model: the user outsources training. The attacker sees and controls the whole training set and the training;
+the user accepts the returned model only if its accuracy on a held-out validation set reaches a*. The attacker wants
+triggered images classified as he says and everything else as before.
 
-Deviations: the paper *adds* backdoored copies (mode ``add``, the default); most later code *replaces* images, which is the
-mode ``replace``. The paper's detector of traffic signs is not rebuilt: signs are classified from their images, with the
-sticker placed relative to the annotated box.
+Deviations: the paper *adds* backdoored copies (mode ``add``, the default); most later code *replaces* images, which
+is the mode ``replace``. The paper's detector of traffic signs is not rebuilt: signs are classified from their images,
+with the sticker placed relative to the annotated box.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class BadNets(Rewrite):
     """BadNets: triggered images with the attacker's labels in the training set, a backdoor (Gu et al. 2017).
 
     Measures, beside the base's: `attack_success_rate` – triggered images that get the attacker's label, images of the
-    target class left out (one source class: its images alone; all-to-all: every image) – and `robust_accuracy`: the same
-    images, true labels.
+    target class left out (one source class: its images alone; all-to-all: every image) – and `robust_accuracy`: the
+    same images, true labels.
 
     Args:
         base: The clean datamodule, or any other rewrite.
@@ -69,8 +69,8 @@ class BadNets(Rewrite):
         name: Appended to the measures' names (`attack_success_rate_<name>`), for two backdoors in one set.
 
     Raises:
-        InputError: If a label is not a class, source and target are the same, the fraction is outside (0, 1] or rounds to
-            nothing, the trigger does not fit the images, or a sticker is to be placed after augmentation.
+        InputError: If a label is not a class, source and target are the same, the fraction is outside (0, 1] or
+            rounds to nothing, the trigger does not fit the images, or a sticker is to be placed after augmentation.
     """
 
     def __init__(

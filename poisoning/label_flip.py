@@ -1,7 +1,7 @@
 """Label flipping: availability poisoning by wrong labels alone.
 
-Sources: Biggio, Nelson & Laskov, "Support Vector Machines Under Adversarial Label Noise" (2011) for the attack; the pairwise
-flip i → i + 1 is the "pair" noise of Han et al., "Co-teaching" (2018).
+Sources: Biggio, Nelson & Laskov, "Support Vector Machines Under Adversarial Label Noise" (2011) for the attack; the
+pairwise flip i → i + 1 is the "pair" noise of Han et al., "Co-teaching" (2018).
 
 Threat model: the attacker relabels a share of the training set and touches no image; he wants the model to be bad.
 """
@@ -46,8 +46,8 @@ class LabelFlip(Rewrite):
     Args:
         base: The clean datamodule, or any other rewrite.
         flip_fraction: The share of the training set that is relabelled, in (0, 1].
-        kind: ``random``: any wrong class; ``pairwise``: (label + 1) mod K; ``to_class``: `target_label`, and the images of
-            that class are not eligible.
+        kind: ``random``: any wrong class; ``pairwise``: (label + 1) mod K; ``to_class``: `target_label`, and the images
+            of that class are not eligible.
         target_label: The class for ``to_class``.
         seed: Of the draw of images and of the random labels.
 

@@ -1,9 +1,9 @@
 """Victim: what is trained on poisoned data, and the user's acceptance gate.
 
-Threat model (BadNets' outsourced training): the user accepts a returned model only if its accuracy on a holdout that the
-trainer never saw reaches a*. The gate reads the holdout and nothing else: neither test data nor attack success. A backdoor
-is what an *honest* model does not do: where an honest model's weights are given, the same measures of it stand beside, and
-the share of images on which the two disagree.
+Threat model (BadNets' outsourced training): the user accepts a returned model only if its accuracy on a holdout that
+the trainer never saw reaches a*. The gate reads the holdout and nothing else: neither test data nor attack success. A
+backdoor is what an *honest* model does not do: where an honest model's weights are given, the same measures of it
+stand beside, and the share of images on which the two disagree.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Victim(ImageClassifier):
         """Make the metrics, and outside of training those of the honest model."""
         super().on_validation_epoch_start()
         self._beside = {}
-        if not self.trainer.state.fn == "fit":
+        if self.trainer.state.fn != "fit":
             self._begin_beside("val")
 
     def _begin_beside(self, stage: str) -> None:

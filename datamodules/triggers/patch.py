@@ -17,7 +17,7 @@ class Patch(Stamp):
     Args:
         picture: The path of an image file (its alpha channel is the mask); or nested lists of 0 … 255, (h, w) or
             (c, h, w); or, in Python, a uint8 tensor of such a shape.
-        row: Row of the upper edge; negative: of the lower edge, counted from the image's lower edge (−1: flush with it).
+        row: Row of the upper edge; negative: of the lower edge, counted from the image's lower edge (−1: flush).
         column: The same for the left (right) edge.
         alpha: Opacity in (0, 1], times that of the file.
         size: Height and width the file is resized to; None: as it is.

@@ -1,7 +1,8 @@
 """Stickers placed relative to a box: BadNets' yellow square, bomb and flower on traffic signs.
 
-The sizes and the place are those of the authors' code: the yellow square is as wide as 10 % of the sign's box, bomb and
-flower as 16 %, centred at (0.57, 0.82) of the box. The bomb and the flower are drawn here, from discs; the authors paste photographs.
+The sizes and the place are those of the authors' code: the yellow square is as wide as 10 % of the sign's box, bomb
+and flower as 16 %, centred at (0.57, 0.82) of the box. The bomb and the flower are drawn here, from discs; the
+authors paste photographs.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Sticker(Trigger):
         """Stamp each image relative to its box; every image gets one pixel at least."""
         if boxes is None:
             raise InputError(f"trigger: {type(self).__name__} is placed relative to a box, and these images have none")
-        n, _, height, width = images.shape
+        height, width = images.shape[2:]
         x1, y1, x2, y2 = boxes.to(images.device, torch.float64).unbind(1)
         side = (self.share * ((x2 - x1) + (y2 - y1)) / 2).round().clamp_min(1.0)
         left = (x1 + self.centre[0] * (x2 - x1) - side / 2).round()

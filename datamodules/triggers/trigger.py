@@ -1,7 +1,7 @@
 """A trigger changes pixels of a batch: a tensor operation with an explicit mask.
 
-What a trigger covers is said by its mask and never by its colour: a black pixel is a pixel. Both backdoors and watermark
-trigger sets stamp, so triggers live below both.
+What a trigger covers is said by its mask and never by its colour: a black pixel is a pixel. Both backdoors and
+watermark trigger sets stamp, so triggers live below both.
 """
 
 from __future__ import annotations

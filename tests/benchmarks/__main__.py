@@ -71,7 +71,8 @@ class PerSample(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, attack: BadNets) -> None:
         base = attack.base.train_set
-        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in base.images_at(torch.arange(len(base)))]
+        images = base.images_at(torch.arange(len(base))).permute(0, 2, 3, 1).contiguous().numpy()
+        self.images = [Image.fromarray(image) for image in images]
         self.rows = attack.train_set.rows.tolist()  # type: ignore[attr-defined]
         self.poisoned = attack.train_set.changed.tolist()  # type: ignore[attr-defined]
         self.labels = attack.train_set.labels.tolist()
@@ -243,7 +244,7 @@ def main() -> int:
     os.environ["WANDB_MODE"] = "disabled"
     console = Console()
     attack, name = poisoned_set()
-    model = Victim(lambda shape, classes: MLP(shape, classes), 10, (3, 32, 32), MEAN, STD)
+    model = Victim(MLP, 10, (3, 32, 32), MEAN, STD)
     rows: list[tuple[str, str, str, str, bool]] = []
 
     console.print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {repeats} repeats")
