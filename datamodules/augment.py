@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from datamodules.errors import bad
+from datamodules.imageset import put_rows
 from datamodules.random import draw
 
 
@@ -21,7 +22,7 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
     rows = flipped.nonzero().squeeze(1)
     if not len(rows):
         return images
-    return images.index_copy(0, rows, images.index_select(0, rows).flip(-1))
+    return put_rows(images.clone(memory_format=torch.contiguous_format), rows, images.index_select(0, rows).flip(-1))
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:

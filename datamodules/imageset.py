@@ -57,6 +57,22 @@ def fingerprint(*parts: object) -> str:
     return digest.hexdigest()
 
 
+def put_rows(images: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """Write `new` (M, …) over the `rows` (M,) of `images` (N, …), in place.
+
+    Bytes are moved in words of eight where a row holds a whole number of them: torch writes single bytes one by one,
+    ten times slower.
+
+    Returns:
+        `images`.
+    """
+    target, source = images.view(len(images), -1), new.reshape(len(new), -1)
+    if images.dtype == torch.uint8 and target.shape[1] % 8 == 0 and images.storage_offset() % 8 == 0:
+        target, source = target.view(torch.int64), source.contiguous().view(torch.int64)
+    target.index_put_((rows,), source)
+    return images
+
+
 class ImageSet(Dataset[Batch]):
     """Images, labels and ids as plain tensors.
 
@@ -195,11 +211,11 @@ class Overlay(ImageSet):
         if self.rewriter is None or self.changed is None:
             return images
         hits = self.changed.index_select(0, rows).nonzero().squeeze(1)
-        if len(hits):
-            at = rows.index_select(0, hits)
-            ids = self.ids.index_select(0, at)
-            images.index_copy_(0, hits, self.rewriter(images.index_select(0, hits), ids, self.extras_at(at)))
-        return images
+        if not len(hits):
+            return images
+        at = rows.index_select(0, hits)
+        new = self.rewriter(images.index_select(0, hits), self.ids.index_select(0, at), self.extras_at(at))
+        return put_rows(images, hits, new)
 
     def extras_at(self, rows: Tensor) -> dict[str, Tensor]:
         """The extras of some rows."""

@@ -109,7 +109,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if not isinstance(config.trainer, Namespace):
             raise bad("trainer", config.trainer, "keys are expected, such as max_epochs")
-        dump = self.parser_of(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
+        dump = self.parser_of(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
         self.text = yaml.safe_dump({key: content[key] for key in KEPT}, sort_keys=False, allow_unicode=True)
         root = config.trainer.default_root_dir or "runs"
@@ -329,10 +329,10 @@ def _top_level_keys() -> list[str]:
 
 
 def _be_quiet() -> None:
-    """Leave out advertisements, and warnings about what is meant."""
+    """Leave out advertisements, and what the table and metrics.json say anyway."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(isinstance(known, _NoTips) for known in logger.filters):
-        logger.addFilter(_NoTips())
+    if not any(isinstance(known, _NoNoise) for known in logger.filters):
+        logger.addFilter(_NoNoise())
     for message in (
         r".*does not have many workers.*",
         r".*`isinstance\(treespec, LeafSpec\)`.*",
@@ -342,6 +342,8 @@ def _be_quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-class _NoTips(logging.Filter):
+class _NoNoise(logging.Filter):
+    said = ("Tip:", "Seed set to", "TPU available: False", "Loading `train_dataloader` to estimate")
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return "Tip:" not in record.getMessage()
+        return not any(noise in record.getMessage() for noise in self.said)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from datamodules.datamodule import Changes, Facts, ImageDataModule
 from datamodules.errors import InputError, bad
-from datamodules.imageset import Batch, ImageSet, Overlay
+from datamodules.imageset import Batch, ImageSet, Overlay, put_rows
 from datamodules.measures import Evaluation, Measure
 from datamodules.rewrite import Rewrite
 from datamodules.triggers import Trigger
@@ -148,7 +148,7 @@ class BadNets(Rewrite):
         if not len(rows):
             return batch
         stamped = self.trigger(batch.images.index_select(0, rows))
-        return batch._replace(images=batch.images.index_copy(0, rows, stamped))
+        return batch._replace(images=put_rows(batch.images.clone(), rows, stamped))
 
     def evaluations(self, split: str) -> list[Evaluation]:
         """The base's, and the triggered images of the split."""

@@ -84,11 +84,14 @@ class Victim(ImageClassifier):
         holdout = self.measured.get("holdout_accuracy", self.measured.get("clean_accuracy"))
         return None if holdout is None else holdout.value >= self.acceptance
 
+    def setup(self, stage: str) -> None:
+        """Refuse a gate without a holdout before anything is trained or measured."""
+        if self.acceptance is not None and stage != "predict" and not len(self._datamodule().val_set):
+            raise InputError(f"acceptance = {self.acceptance}: the gate needs a holdout; set val_fraction above 0")
+
     def on_test_epoch_start(self) -> None:
         """Make the metrics, and those of the honest model."""
         super().on_test_epoch_start()
-        if self.acceptance is not None and not any(e.name == "holdout" for e, _ in self._stages["test"]):
-            raise InputError(f"acceptance = {self.acceptance}: the gate needs a holdout; set val_fraction above 0")
         self._begin_beside("test")
 
     def on_validation_epoch_start(self) -> None:

@@ -29,7 +29,7 @@ def trained(data: ImageDataModule, seed: int, steps: int = 30) -> ImageClassifie
 
 
 def measure(model: Any, data: ImageDataModule) -> dict[str, Interval]:
-    tiny_trainer().measure(model, data, verbose=False)
+    tiny_trainer().test(model, data, verbose=False)
     measured: dict[str, Interval] = model.measured
     return measured
 
@@ -38,7 +38,7 @@ def measure(model: Any, data: ImageDataModule) -> dict[str, Interval]:
 def test_the_gate_reads_the_holdout_and_not_the_test_set() -> None:
     data = BadNets(Digits(), PixelPattern())
     model = trained(data, 0)
-    measured = measure(mlp(data, Victim, weights=None, acceptance=0.5), data)
+    measured = measure(mlp(data, Victim, acceptance=0.5), data)
     state = model.net.state_dict()
     holdout, clean = (measure(model, data)[f"{name}_accuracy"].value for name in ("holdout", "clean"))
     assert holdout != clean
@@ -72,10 +72,13 @@ def test_without_a_gate_there_is_no_verdict() -> None:
     assert victim.accepted is None
 
 
-def test_a_gate_needs_a_holdout() -> None:
+def test_a_gate_needs_a_holdout_and_says_so_before_training() -> None:
     data = Digits(val_fraction=0)
-    with refused("acceptance = 0.9", "holdout", "val_fraction"):
-        measure(mlp(data, Victim, acceptance=0.9), data)
+    trainer = tiny_trainer(max_steps=1)
+    for begin in (trainer.fit, trainer.validate, trainer.test):
+        with refused("acceptance = 0.9", "holdout", "val_fraction"):
+            begin(mlp(data, Victim, acceptance=0.9), datamodule=data)
+    assert trainer.global_step == 0
     assert set(measure(mlp(data, Victim), data)) == {"clean_accuracy"}
 
 
@@ -120,7 +123,7 @@ def test_disagreement_with_oneself_is_nought_and_in_training_there_is_none(tmp_p
     victim = mlp(data, Victim, honest=str(path), weights=str(path))
     measured = measure(victim, data)
     assert measured["disagreement_clean"].value == measured["disagreement_holdout"].value == 0
-    tiny_trainer(max_steps=1, limit_val_batches=1).fit(victim, data)
+    tiny_trainer(max_epochs=1, limit_train_batches=1).fit(victim, data)
     assert set(victim.measured) == {"clean_accuracy"}
     tiny_trainer().validate(victim, data, verbose=False)
     assert set(victim.measured) == {"clean_accuracy", "honest_clean_accuracy", "disagreement_clean"}

@@ -1,0 +1,91 @@
+"""Every shipped YAML runs: an experiment by itself, a part together with an experiment. A new one is found by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.registry import configs_folder
+from tests.experiments.running import QUIET, TWO, Outcome, only_run, read_json
+
+FOLDER = configs_folder()
+EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "defaults")
+PARTS = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.glob("*/*.yaml"))
+LIGHT = ("--trainer.max_epochs=1", "--trainer.precision=32-true", "--model.compile=false", *TWO, *QUIET)
+Command = Callable[..., Outcome]
+
+
+def test_there_are_some() -> None:
+    assert {"badnets_digits", "badnets_mnist", "badnets_cifar", "badnets_gtsrb", "user_digits"} <= set(EXPERIMENTS)
+    assert {"data/mnist", "model/small_cnn", "trainer/cpu", "trainer/gpu", "debug/smoke"} <= set(PARTS)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: str(path.relative_to(FOLDER)))
+def test_says_in_its_first_line_what_it_is(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    assert first.startswith("# ")
+    assert len(first) > 10
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_fits_and_tests(name: str, lightning: Command) -> None:
+    outcome = lightning("fit", "--config", name, *LIGHT)
+    assert outcome.code == 0, outcome.err
+    run = only_run()
+    assert run.parent.name == name
+    found = read_json(run / "metrics.json")["measures"]
+    assert found["clean_accuracy"]["n"] > 0
+    assert ("attack_success_rate" in found) == name.startswith("badnets")
+    assert {"config.yaml", "manifest.json", "weights.safetensors", "curves.png"} <= {
+        path.name for path in run.iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name.startswith("data/")])
+def test_data_goes_under_an_attack_and_into_any_model(name: str, lightning: Command) -> None:
+    boxes = "gtsrb" in name
+    outcome = lightning(
+        "fit", "--config=badnets_digits", f"--data.base={name}.yaml", "--data.poison_fraction=0.05",
+        *(["--data.trigger=YellowSquare"] if boxes else []), *LIGHT,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    source = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))["class_path"]
+    config = yaml.safe_load((only_run() / "config.yaml").read_text(encoding="utf-8"))
+    assert config["data"]["init_args"]["base"]["class_path"].endswith(f".{source}")
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name.startswith("model/")])
+def test_model_trains_on_any_data(name: str, lightning: Command) -> None:
+    outcome = lightning("fit", "--config=victim_cifar_cpu", f"--model={name}.yaml", *LIGHT)
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name.startswith(("logger/", "debug/"))])
+def test_overlay_runs(name: str, lightning: Command, here: Path) -> None:
+    if name == "logger/mlflow":
+        pytest.importorskip("mlflow")
+    two = [] if name == "debug/overfit" else TWO
+    outcome = lightning("fit", "--config=badnets_digits", "--config", name, "--trainer.max_epochs=1", *QUIET, *two)
+    assert outcome.code == 0, outcome.err
+    run = only_run()
+    assert run.parent.name == "badnets_digits", "an overlay names no run"
+    loggers = {"logger/csv": {"csv"}, "logger/tensorboard": {"csv", "tensorboard"}, "logger/mlflow": {"csv", "mlruns"}}
+    assert loggers.get(name, set()) == {"csv", "tensorboard", "mlruns"} & {path.name for path in run.iterdir()}
+    assert sorted(path.name for path in here.iterdir()) == ["runs"], "everything lies in the run's folder"
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name.startswith("trainer/")])
+def test_trainer_overlay_is_understood(name: str, lightning: Command) -> None:
+    outcome = lightning("fit", "--config=badnets_digits", "--config", name, "--print_config")
+    assert outcome.code == 0, outcome.err
+    printed = yaml.safe_load(outcome.out)["trainer"]
+    asked = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))["trainer"]
+    assert {key: printed[key] for key in asked} == asked
+
+
+def test_no_kind_of_part_is_left_out() -> None:
+    tested = {"data", "model", "logger", "debug", "trainer"}
+    assert {name.split("/")[0] for name in PARTS} <= tested, "write a test for the new folder of parts"
