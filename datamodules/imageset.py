@@ -65,10 +65,16 @@ def put_rows(images: Tensor, rows: Tensor, new: Tensor) -> Tensor:
 
     Returns:
         `images`.
+
+    Raises:
+        ValueError: If `new` has another type, or other than one image of that shape for each row.
     """
-    target, source = images.view(len(images), -1), new.reshape(len(new), -1)
-    if images.dtype == torch.uint8 and target.shape[1] % 8 == 0 and images.storage_offset() % 8 == 0:
-        target, source = target.view(torch.int64), source.contiguous().view(torch.int64)
+    if new.dtype != images.dtype or new.shape != (len(rows), *images.shape[1:]):
+        raise ValueError(f"{new.dtype} {tuple(new.shape)} for {len(rows)} rows of {images.dtype} {tuple(images.shape)}")
+    target, source = images.view(len(images), -1), new.reshape(len(new), -1).contiguous()
+    whole = not any(number % 8 for number in (target.shape[1], target.storage_offset(), source.storage_offset()))
+    if images.dtype == torch.uint8 and whole:
+        target, source = target.view(torch.int64), source.view(torch.int64)
     target.index_put_((rows,), source)
     return images
 

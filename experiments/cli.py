@@ -330,9 +330,10 @@ def _top_level_keys() -> list[str]:
 
 def _be_quiet() -> None:
     """Leave out advertisements, and what the table and metrics.json say anyway."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(isinstance(known, _NoNoise) for known in logger.filters):
-        logger.addFilter(_NoNoise())
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
+        logger = logging.getLogger(f"lightning.{name}")
+        if not any(isinstance(known, _NoNoise) for known in logger.filters):
+            logger.addFilter(_NoNoise())
     for message in (
         r".*does not have many workers.*",
         r".*`isinstance\(treespec, LeafSpec\)`.*",

@@ -148,7 +148,7 @@ class BadNets(Rewrite):
         if not len(rows):
             return batch
         stamped = self.trigger(batch.images.index_select(0, rows))
-        return batch._replace(images=put_rows(batch.images.clone(), rows, stamped))
+        return batch._replace(images=put_rows(batch.images.clone(memory_format=torch.contiguous_format), rows, stamped))
 
     def evaluations(self, split: str) -> list[Evaluation]:
         """The base's, and the triggered images of the split."""

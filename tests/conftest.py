@@ -1,4 +1,4 @@
-"""What holds in every test: tiny data, a cache of its own, W&B off, no network, one thread, the environment restored."""
+"""What holds in every test: tiny data, an own cache, W&B off, no network, one thread, the environment restored."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
 from poisoning.badnets import BadNets
 from poisoning.label_flip import LabelFlip
-from tests import fixtures_data
 from tests.helpers import global_randomness_untouched, mlp, tiny_trainer
 
 SOURCES: dict[type, Callable[[str, int], ImageDataModule]] = {
@@ -99,17 +98,10 @@ each_rewrite = pytest.mark.parametrize("kind", list(REWRITES), ids=lambda kind: 
 each_source = pytest.mark.parametrize("kind", list(SOURCES), ids=lambda kind: kind.__name__)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:  # type: ignore[misc]
-    """Tiny data of every source, and a store of its own."""
-    root = tmp_path_factory.mktemp("contract")
-    fixtures_data.write_all(root / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PHARMAKON_CACHE", str(root / "cache"))
-        patch.setenv("PHARMAKON_DATA", str(root / "data"))
-        ready.cache_clear()
-        yield str(root / "data")  # type: ignore[misc]
-        ready.cache_clear()
+@pytest.fixture
+def folder(data_folder: Path) -> str:
+    """Tiny data of every source."""
+    return str(data_folder)
 
 
 def make(kind: type, folder: str, seed: int = 0, base: str = "Digits") -> ImageDataModule:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint
+from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint, put_rows
 from datamodules.store import load_tensors
 from tests.helpers import refused, some_images
 
@@ -206,6 +206,41 @@ def test_overlays_compose_from_the_inside_out(base: ImageSet) -> None:
     outer = Overlay(inner, rows, ids=torch.tensor([1, 2, 3]), changed=changed, rewriter=invert, key="b")
     once = base.images[rows] + (base.ids[rows] % 7).to(torch.uint8)[:, None, None, None]
     assert torch.equal(whole(outer).images, torch.stack([255 - once[0], 255 - once[1], once[2]]))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 1, 1), (3, 4, 4), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_rows_are_put_in_words_or_in_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    images, new = some_images(9, shape).images.to(dtype), some_images(3, shape, seed=1).images.to(dtype)
+    rows = torch.tensor([8, 0, 3])
+    expected = images.clone()
+    expected[rows] = new
+    assert put_rows(images, rows, new) is images
+    assert torch.equal(images, expected)
+    # of a slice, and from a strided tensor
+    padded = torch.zeros(3, *shape[:2], shape[2] + 2, dtype=dtype)
+    padded[..., 1:-1] = new
+    part = some_images(9, shape).images.to(dtype)[2:]
+    whole = part.clone()
+    whole[[0, 6, 1]] = new
+    assert torch.equal(put_rows(part, torch.tensor([0, 6, 1]), padded[..., 1:-1]), whole)
+    unaligned = torch.empty(new.numel() + 3, dtype=dtype)[3:].view(new.shape).copy_(new)
+    assert torch.equal(put_rows(part, torch.tensor([0, 6, 1]), unaligned), whole)
+
+
+def test_a_rewriter_that_changes_shape_or_type_is_an_error(base: ImageSet) -> None:
+    def wrong(result: Tensor) -> Overlay:
+        return Overlay(base, torch.arange(12), rewriter=lambda images, ids, extras: result, key="")
+
+    for result in (
+        torch.zeros(1, 3, 4, 5, dtype=torch.uint8),  # would be spread over all rows
+        torch.zeros(12, 1, 4, 5, dtype=torch.uint8),
+        torch.zeros(12, 3, 5, 4, dtype=torch.uint8),
+        torch.zeros(12, 3, 4, 5, dtype=torch.int8),
+        torch.zeros(12, 3, 4, 5),
+    ):
+        with pytest.raises(ValueError, match="for 12 rows of"):
+            whole(wrong(result))
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------

@@ -91,16 +91,6 @@ def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "weights.safetensors")
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `what` gives as soon as it is true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"did not come within {seconds} s")
-
-
 class Fork:
     """A fork of this process that runs a command, with output in a file.
 
@@ -185,6 +175,17 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.code = -signal.SIGKILL
+
+
+def first_checkpoint(process: Fork, seconds: float = 60) -> Path:
+    """The first checkpoint of the run in the working directory, as soon as it is there: training is under way."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for path in Path("runs").glob("*/*/checkpoints/*.ckpt"):
+            return path
+        assert process.running(), f"it ended:\n{process.text}"
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint within {seconds} s:\n{process.text}")
 
 
 @contextlib.contextmanager
