@@ -1,7 +1,7 @@
 """Augmentation of whole batches, on whatever device they are: flip and crop as two indexed copies.
 
 Each sample's draw is keyed by (seed, epoch, id): batch size, rank and resuming do not change it. Where a sample is
-flipped and cropped, the flip comes first; the two commute in distribution.
+flipped and cropped, the crop comes first, which leaves a fresh tensor to flip in place; the two commute in distribution.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from datamodules.random import draw
 
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
     """Mirror the images (N, C, H, W) for which `flipped` (bool, N) holds, left to right; the input is not changed."""
+    return flip_(images.clone(memory_format=torch.contiguous_format), flipped)
+
+
+def flip_(images: Tensor, flipped: Tensor) -> Tensor:
+    """As `flip`, in place: `images` must be contiguous, and is returned."""
     rows = flipped.nonzero().squeeze(1)
-    if not len(rows):
-        return images
-    return put_rows(images.clone(memory_format=torch.contiguous_format), rows, images.index_select(0, rows).flip(-1))
+    return put_rows(images, rows, images.index_select(0, rows).flip(-1)) if len(rows) else images
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
@@ -77,11 +80,11 @@ class FlipCrop(Augmentation):
         self.flip = flip
 
     def __call__(self, images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
-        """Flip, then crop."""
+        """Crop, then flip."""
         numbers = draw(seed, "flip-crop", epoch, ids, columns=3)
-        if self.flip:
-            images = flip(images, numbers[:, 0] < 2**30)
-        if self.padding:
-            offset = (numbers[:, 1:] * (2 * self.padding + 1)) >> 31
-            images = crop(images, offset[:, 0], offset[:, 1], self.padding)
-        return images
+        flipped = numbers[:, 0] < 2**30
+        if not self.padding:
+            return flip(images, flipped) if self.flip else images
+        offset = (numbers[:, 1:] * (2 * self.padding + 1)) >> 31
+        images = crop(images, offset[:, 0], offset[:, 1], self.padding)
+        return flip_(images, flipped) if self.flip else images

@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -109,6 +110,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if not isinstance(config.trainer, Namespace):
             raise bad("trainer", config.trainer, "keys are expected, such as max_epochs")
+        _check_classes(config, ())
         dump = self.parser_of(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
         self.text = yaml.safe_dump({key: content[key] for key in KEPT}, sort_keys=False, allow_unicode=True)
@@ -278,6 +280,8 @@ def start(args: list[str], act: bool = True, keep: bool = True) -> CommandLine:
             raise InputError(one_line(error, _top_level_keys())) from error
         if isinstance(error, MisconfigurationException):
             raise InputError(" ".join(str(error).split())) from error
+        if "Does not validate against any" in str(error):  # in a constructor, and not of our making
+            raise _root_of(error) from None
         raise
 
 
@@ -317,6 +321,25 @@ def _complete(init_args: Namespace, config: Namespace, folder: Path, resumed: bo
     known = folder / "wandb_id"
     if resumed and known.is_file():
         init_args["id"] = known.read_text().strip()
+
+
+def _check_classes(value: Any, where: tuple[str, ...]) -> None:
+    """Refuse a ``class_path`` that is no class: the parser would call any function with the arguments beside it."""
+    if isinstance(value, Namespace | dict):
+        content = vars(value) if isinstance(value, Namespace) else value
+        path = content.get("class_path")
+        if isinstance(path, str) and not isinstance(resolve_name(path), type):
+            raise bad(".".join(where), path, "is no class")
+        for key, part in content.items():
+            _check_classes(part, where if key == "init_args" else (*where, str(key)))
+    elif isinstance(value, list):
+        for part in value:
+            _check_classes(part, where)
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """What went wrong first."""
+    return error if error.__cause__ is None else _root_of(error.__cause__)
 
 
 def _top_level_keys() -> list[str]:

@@ -56,7 +56,7 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:  # noqa: PLR091
         return f"{word}: there is no such option{_suggest(word.lstrip('-'), known)}"
     if found := re.search(r"(?:Subcommand|Group) '[\w.]+' does not accept option '([^']+)'", text):
         return f"{found[1]}: there is no such key{_suggest(found[1], known)}"
-    if found := re.search(r"arguments are required: (.+)", text):
+    if found := re.match(r"the following arguments are required: (.+)", text):
         keys = ", ".join(key.strip().partition(".")[2] for key in found[1].split(","))
         return f"{keys}: nothing is given; name a config, such as --config badnets_digits (see lightning list)"
     if found := re.search(r"argument (\S+): expected one argument", text):
@@ -116,8 +116,8 @@ def _first_value(text: str) -> str:
 def _explain(branch: _Branch, where: str, known: Iterable[str]) -> str:  # noqa: PLR0911 – a list of cases
     leaves = [leaf for leaf in branch.leaves if "'NoneType'" not in leaf]
     text = "\n".join(leaves)
+    classes = re.findall(r"Got value: Namespace\(.*?class_path='([\w.]+)'", text) or branch.classes[-1:]
     if found := re.search(r"Option '([^']+)' is not accepted", text):
-        classes = re.findall(r"Got value: Namespace\(.*?class_path='([\w.]+)'", text) or branch.classes[-1:]
         word = found[1].split(".")[0]
         if not classes:
             return f"{where}.{word}: there is no such key{_suggest(word, known)}"
@@ -126,6 +126,8 @@ def _explain(branch: _Branch, where: str, known: Iterable[str]) -> str:  # noqa:
     if found := re.search(r"Multiple subclasses with name (\w+)\. .*?: (.+?)\.?$", text):
         paths = sorted(found[2].split(", "), key=lambda path: path.startswith(("torch", "lightning")))
         return f"{where} = {found[1]!r}: several classes have that name; write {' or '.join(paths)}"
+    if found := re.search(r"arguments are required: ([\w, ]+)", text):
+        return f"{where}: {classes[-1] if classes else 'it'} needs {found[1]}"
     if found := re.search(r"No module named '?([\w.]+)'?", text):
         return f"{where}: there is no module {found[1]}; is its folder on PYTHONPATH?"
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
