@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -158,6 +159,12 @@ class ImageClassifier(LightningModule):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy with hard labels int64 (N,) or soft ones (N, K)."""
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def on_fit_start(self) -> None:
+        """Warn of a precision that the processor only imitates."""
+        imitated = self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16")
+        if imitated and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            rank_zero_warn("trainer.precision: this processor has no bfloat16, which makes it about ten times slower")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""

@@ -359,6 +359,7 @@ def _be_quiet() -> None:
             logger.addFilter(_NoNoise())
     for message in (
         r".*does not have many workers.*",
+        r".*It is recommended to use `self\.log\(.*sync_dist=True.*",  # measures are summed over the ranks already
         r".*`isinstance\(treespec, LeafSpec\)`.*",
         r".*smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",

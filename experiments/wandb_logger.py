@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 
 from experiments.pictures import Pair
 
@@ -104,17 +108,35 @@ class Wandb(WandbLogger):
                 images = [_picture(wandb, image) for image in (pair.clean, pair.poisoned, pair.difference)]
                 table.add_data(pair.id, *images, pair.original_label, pair.label)
             content["poisons"] = table
+            content["poisoned"] = [
+                _picture(wandb, torch.cat([p.clean, p.poisoned, p.difference], -1), f"{p.original_label} → {p.label}")
+                for p in pairs
+            ]
         table = wandb.Table(columns=["measure", "value", "low", "high", "n"])
         for name, each in measures.items():
             table.add_data(name, each.value, each.low, each.high, each.n)
             run.summary[name] = each.value
         content["measures"] = table
-        run.log(content)
+        with _staging_in(Path(self._save_dir or ".") / "wandb"):
+            run.log(content)
 
 
-def _picture(wandb: Any, image: Any) -> Any:
+@contextmanager
+def _staging_in(folder: Path) -> Iterator[None]:
+    """Have W&B keep a table's images in the run's folder – they would lie in the home directory until they are sent."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+def _picture(wandb: Any, image: Tensor, caption: str | None = None) -> Any:
     shown = image.permute(1, 2, 0).numpy()
-    return wandb.Image(shown[..., 0] if shown.shape[-1] == 1 else shown)
+    return wandb.Image(shown[..., 0] if shown.shape[-1] == 1 else shown, caption=caption)
 
 
 def _mode() -> Literal["online", "offline", "disabled", "shared"]:
