@@ -7,6 +7,7 @@ model code and no new metric code. It takes pixels as they are stored and normal
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -195,13 +196,17 @@ class ImageClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer of the configuration over what is not frozen, with its schedule, step by step."""
         trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        if not trained:
+            raise bad("backbone", type(self.net).__name__, "all of it is frozen, so there is nothing to train")
         optimizer = self.optimizer_factory(trained)
         if self.schedule_factory is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give the number of epochs")
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule_factory(optimizer, steps), "interval": "step"},
+            "lr_scheduler": {"scheduler": self.schedule_factory(optimizer, int(steps)), "interval": "step"},
         }
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -342,6 +347,9 @@ class ImageClassifier(LightningModule):
             raise MisfitError(
                 f"weights = {str(path)!r}: they do not fit {type(self.net).__name__}{made}: {wrong[0]}{more}"
             )
+        own_statistics = (self.architecture.mean, self.architecture.std)
+        if architecture is not None and (architecture.mean, architecture.std) != own_statistics:
+            rank_zero_warn(f"{path}: trained with another mean and std of the pixels than these data have")
         self.net.load_state_dict(tensors)
 
     def save(self, path: str | Path) -> str:
@@ -405,6 +413,10 @@ def _describe(
 ) -> Architecture:
     keywords = dict(factory.keywords) if isinstance(factory, partial) else {}
     kind = type(net)
+    try:
+        json.dumps(keywords)
+    except (TypeError, ValueError) as error:  # said now rather than after hours of training
+        raise bad("backbone", kind.__name__, f"a weights file keeps its arguments as plain values ({error})") from error
     return Architecture(
         class_path=f"{kind.__module__}.{kind.__qualname__}",
         init_args=keywords,

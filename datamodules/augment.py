@@ -1,7 +1,7 @@
 """Augmentation of whole batches, on whatever device they are: flip and crop as two indexed copies.
 
 Each sample's draw is keyed by (seed, epoch, id): batch size, rank and resuming do not change it. Where a sample is
-flipped and cropped, the crop comes first, which leaves a fresh tensor to flip in place; the two commute in distribution.
+flipped and cropped, the crop comes first, leaving a fresh tensor to flip in place; the two commute in distribution.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Loader(DataLoader[Batch]):
         images: The set.
         batches: Yields the rows of each batch.
         num_workers: Worker processes. With the set in memory, 0 is fastest.
-        done: Tells how many batches of the epoch were trained on – the loader itself may have been asked for one more.
+        done: Tells how many batches of the epoch were trained on; training goes on after them.
         pin_memory: Whether batches go to page-locked memory, for faster copies to a GPU.
     """
 
@@ -126,14 +126,22 @@ class Loader(DataLoader[Batch]):
         self._batches = batches
         self._done = done
 
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Batches, from where training stands when the first one is asked for.
+
+        Not from where it stands now: Lightning makes the iterator before it has restored a checkpoint's progress and told
+        the epoch – with a schedule that asks for the number of steps, or with worker processes, which start at once.
+        """
+        if isinstance(self._batches, TrainBatches) and self._done is not None:
+            self._batches.start = self._done() % max(1, len(self))
+        yield from super().__iter__()
+
     def state_dict(self) -> dict[str, Any]:
-        """How far into the epoch training has come; Lightning puts it into each checkpoint."""
-        return {"batches": self._done() % max(1, len(self)) if self._done else 0}
+        """Nothing: the trainer's own progress tells; but Lightning warns of a loader without it."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the next pass where the checkpoint was written."""
-        if isinstance(self._batches, TrainBatches):
-            self._batches.start = int(state["batches"])
+        """Nothing is needed."""
 
 
 class Passes:

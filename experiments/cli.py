@@ -59,12 +59,20 @@ class CommandLine(LightningCLI):
         folder: Of the run that is resumed; None: a fresh one.
         act: Whether to run the command, or only to make its objects.
         keep: Whether the run has a folder.
+        show: Whether it draws pictures and prints its table; False where it is one of many.
     """
 
     def __init__(
-        self, args: ArgsType, name: str, folder: Path | None = None, act: bool = True, keep: bool = True
+        self,
+        args: ArgsType,
+        name: str,
+        folder: Path | None = None,
+        act: bool = True,
+        keep: bool = True,
+        show: bool = True,
     ) -> None:
         self.started = time.perf_counter()
+        self.show = show
         self.name = name
         self.folder = folder
         self.resumed = folder is not None
@@ -146,7 +154,7 @@ class CommandLine(LightningCLI):
         """A trainer that keeps a record and writes its checkpoints atomically."""
         assert self.folder is not None
         config = self.config_init[self.subcommand]
-        self.record = Record(self.folder, self.text, int(config.seed_everything), self.started)
+        self.record = Record(self.folder, self.text, int(config.seed_everything), self.started, self.show)
         plugins = config.trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         sharded = any(word in str(config.trainer.strategy).lower() for word in ("fsdp", "deepspeed", "modelparallel"))
@@ -181,7 +189,7 @@ class CommandLine(LightningCLI):
 
     def after_test(self) -> None:
         """Show what was measured."""
-        if self.trainer.is_global_zero:
+        if self.show and self.trainer.is_global_zero:
             acceptance = getattr(self.model, "acceptance", None)
             print_table(self.record.measures, self.record.accepted, acceptance, self.record.folder)
 
@@ -224,6 +232,7 @@ def run(
     command: str = "fit",
     overrides: list[str] | None = None,
     resume: str | Path | None = None,
+    show: bool = True,
 ) -> Result:
     """Run an experiment, as the command does.
 
@@ -232,6 +241,7 @@ def run(
         command: ``fit`` (which ends with a test), ``validate``, ``test`` or ``predict``.
         overrides: Such as ``["trainer.max_epochs=3", "data.trigger=SinglePixel"]``.
         resume: The folder of a run to go on with, from its last checkpoint.
+        show: Whether it draws pictures and prints its table; False where it is one of many.
 
     Raises:
         InputError: If the configuration is wrong; one line that names the field, the value and the remedy.
@@ -242,7 +252,7 @@ def run(
     args += [f"--{override.removeprefix('--')}" for override in overrides or []]
     if resume is not None:
         args += ["--resume", str(resume)]
-    line = start(args)
+    line = start(args, show=show)
     datamodule = line.datamodule
     return Result(
         measures=line.record.measures,
@@ -256,13 +266,14 @@ def run(
     )
 
 
-def start(args: list[str], act: bool = True, keep: bool = True) -> CommandLine:
+def start(args: list[str], act: bool = True, keep: bool = True, show: bool = True) -> CommandLine:
     """Parse a command line and run it.
 
     Args:
         args: The command and its options.
         act: Whether to run it, or only to make model, data and trainer.
         keep: Whether the run has a folder.
+        show: Whether it draws pictures and prints its table.
 
     Raises:
         InputError: Whatever a person got wrong, in one line.
@@ -271,7 +282,7 @@ def start(args: list[str], act: bool = True, keep: bool = True) -> CommandLine:
     _be_quiet()
     prepared = prepare(args)
     try:
-        return CommandLine(prepared.args, prepared.name, prepared.folder, act, keep)
+        return CommandLine(prepared.args, prepared.name, prepared.folder, act, keep, show)
     except Exception as error:
         ours = input_error(error)
         if ours is not None:

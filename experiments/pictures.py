@@ -31,6 +31,13 @@ class Pair:
         return (128 + change.div(2, rounding_mode="floor")).clamp(0, 255).to(torch.uint8)
 
 
+def source_of(datamodule: ImageDataModule) -> ImageDataModule:
+    """What the rewrites are wrapped round."""
+    while isinstance(datamodule, Rewrite):
+        datamodule = datamodule.base
+    return datamodule
+
+
 def changed_pairs(datamodule: ImageDataModule, most: int = 8) -> list[Pair]:
     """The first few samples that rewrites changed or added, with what each was made from.
 
@@ -38,10 +45,7 @@ def changed_pairs(datamodule: ImageDataModule, most: int = 8) -> list[Pair]:
         datamodule: Set up.
         most: How many at the most.
     """
-    source: ImageDataModule = datamodule
-    while isinstance(source, Rewrite):
-        source = source.base
-    before, after = source.train_set, datamodule.train_set
+    before, after = source_of(datamodule).train_set, datamodule.train_set
     pairs: list[Pair] = []
     for changes in datamodule.changes():
         for sample, origin, old, new in zip(

@@ -33,9 +33,11 @@ class Record(Callback):
         config: The configuration as YAML, with nothing filled in.
         seed: The run's `seed_everything`.
         started: When the command began, as `time.perf_counter`.
+        show: Whether to draw pictures; False for one run of many.
     """
 
-    def __init__(self, folder: Path, config: str, seed: int, started: float) -> None:
+    def __init__(self, folder: Path, config: str, seed: int, started: float, show: bool = True) -> None:
+        self.show = show
         self.folder = folder
         self.config = config
         self.seed = seed
@@ -70,7 +72,7 @@ class Record(Callback):
         if not trainer.is_global_zero:
             return
         rundir.write_json(self.folder / "manifest.json", self._manifest(datamodule, digest))
-        if not datamodule.secret:
+        if self.show and not datamodule.secret:
             pictures.write_grid(datamodule, self.folder / "poisons.png")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(self.config))
@@ -80,6 +82,7 @@ class Record(Callback):
     def _manifest(self, datamodule: ImageDataModule, digest: str) -> dict[str, Any]:
         content: dict[str, Any] = {
             "train_set": digest,
+            "source_train_set": pictures.source_of(datamodule).train_set.digest(),
             "train_images": len(datamodule.train_set),
             "holdout_images": len(datamodule.val_set),
             "test_images": len(datamodule.test_set),
@@ -148,6 +151,8 @@ class Record(Callback):
         """Put a SIGTERM off until validation is over: neither half of it nor swapped weights can be resumed."""
         if trainer.state.fn == "fit" and threading.current_thread() is threading.main_thread():
             self._sigterm = signal.signal(signal.SIGTERM, self._put_off)
+            connector = trainer._signal_connector  # one that came just before would end validation in its midst
+            self._terminated, connector.received_sigterm = connector.received_sigterm, False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a SIGTERM through again; write the metrics of the command `validate`."""
@@ -170,7 +175,8 @@ class Record(Callback):
             return
         if isinstance(pl_module, ImageClassifier):
             pl_module.save(self.folder / "weights.safetensors")
-        pictures.write_curves(self.history, self.folder / "curves.png")
+        if self.show:
+            pictures.write_curves(self.history, self.folder / "curves.png")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics."""

@@ -51,7 +51,7 @@ class Wandb(WandbLogger):
         more: dict[str, Any] = {"group": group, "job_type": job_type, "tags": tags, "mode": mode}
         super().__init__(
             name=name,
-            save_dir=save_dir,
+            save_dir=os.path.abspath(save_dir),  # W&B's service keeps the folder in which it was started
             project=project,
             id=id,
             resume="allow" if id else None,

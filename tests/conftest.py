@@ -40,6 +40,8 @@ def environment(data_folder: Path, cache_folder: Path) -> Iterator[None]:
         "PHARMAKON_DATA": str(data_folder),
         "PHARMAKON_CACHE": str(cache_folder),
         "WANDB_MODE": "disabled",
+        "WANDB_CACHE_DIR": str(cache_folder),
+        "WANDB_CONFIG_DIR": str(cache_folder),
         "OMP_NUM_THREADS": "1",
     }
     yield
@@ -60,4 +62,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(f"no network in tests: {address[0]}")
         connect(self, address)
 
+    resolve = socket.getaddrinfo
+
+    def known(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in (None, "", "127.0.0.1", "::1", "localhost", socket.gethostname()):
+            raise socket.gaierror(f"no network in tests: {host}")
+        return resolve(host, *args, **kwargs)
+
     monkeypatch.setattr(socket.socket, "connect", local)
+    monkeypatch.setattr(socket, "getaddrinfo", known)

@@ -226,6 +226,15 @@ def test_what_is_frozen_stays_and_the_rest_learns() -> None:
     after = state(model)
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("body.")
+    given: list[Tensor] = []
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        given.extend(parameters)
+        return SGD(given)
+
+    model.optimizer_factory = optimizer
+    tiny_trainer(max_steps=1, limit_val_batches=0).fit(model, data)
+    assert [id(parameter) for parameter in given] == [id(parameter) for parameter in model.net.head.parameters()]
 
 
 def test_dropout_depends_on_seed_and_step_alone() -> None:

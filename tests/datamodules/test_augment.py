@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from datamodules.augment import FlipCrop, crop, flip
 from datamodules.imageset import fingerprint
+from datamodules.random import draw
 from tests.helpers import global_randomness_untouched, refused, uniformity
 
 
@@ -103,7 +104,7 @@ def numbered_pixels(n: int, height: int = 9, width: int = 9) -> Tensor:
 
 
 def outcomes(padding: int, mirrored: bool, height: int = 9, width: int = 9) -> list[bytes]:
-    """All possible results, with the flip before the crop."""
+    """All possible results."""
     image = numbered_pixels(1, height, width)[0]
     versions = [image, image.flip(-1)] if mirrored else [image]
     steps = range(2 * padding + 1)
@@ -123,6 +124,20 @@ def test_all_offsets_and_both_sides_occur_equally_often(padding: int, mirrored: 
     numbers = torch.tensor([possible[image.numpy().tobytes()] for image in found])  # KeyError: not a crop at all
     assert len(numbers.unique()) == len(possible)
     assert uniformity(numbers, len(possible)) > 1e-4
+
+
+@pytest.mark.parametrize(("padding", "mirrored"), [(4, True), (2, False), (0, True), (0, False)])
+def test_each_image_is_cropped_then_flipped_by_its_own_draw(padding: int, mirrored: bool) -> None:
+    ids = torch.arange(50) * 7 + 1
+    for images in (noise((50, 3, 9, 8)), noise((50, 3, 9, 8)).to(memory_format=torch.channels_last)):
+        before = images.clone()
+        found = FlipCrop(padding, mirrored)(images, ids, seed=5, epoch=3)
+        for image, (side, top, left), result in zip(
+            before, draw(5, "flip-crop", 3, ids, 3).tolist(), found, strict=True
+        ):
+            expected = cropped(image, top * (2 * padding + 1) // 2**31, left * (2 * padding + 1) // 2**31, padding)
+            assert torch.equal(result, expected.flip(-1) if mirrored and side < 2**30 else expected)
+        assert torch.equal(images, before)  # flipping in place is on a copy
 
 
 def test_an_augmentation_belongs_to_the_id_and_not_to_the_batch() -> None:
@@ -161,3 +176,9 @@ def test_nothing_to_do_and_negative_padding() -> None:
     assert torch.equal(FlipCrop(0, flip=False)(images, torch.arange(3), 0, 0), images)
     with refused("padding = -1"):
         FlipCrop(-1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_augments_to_the_same_bytes() -> None:
+    images, ids = noise((64, 3, 9, 7)), torch.arange(64)
+    assert torch.equal(FlipCrop(3)(images.cuda(), ids.cuda(), 1, 2).cpu(), FlipCrop(3)(images, ids, 1, 2))

@@ -346,6 +346,15 @@ def test_moving_keeps_bytes_digest_and_view(base: ImageSet) -> None:
         assert torch.equal(moved.extras_at(torch.tensor([1]))["boxes"], images.extras_at(torch.tensor([1]))["boxes"])
 
 
+def test_every_tensor_moves(base: ImageSet) -> None:
+    overlay = Overlay(base, torch.arange(12), changed=torch.arange(12) < 5, rewriter=invert, key="i")
+    moved = overlay.to("meta")
+    assert moved.changed is not None
+    tensors = [moved.rows, moved.labels, moved.ids, moved.changed, moved.base.images, moved.base.labels, moved.base.ids]
+    assert {tensor.device.type for tensor in [*tensors, *moved.base.extras.values()]} == {"meta"}
+    assert base.images.device.type == "cpu"
+
+
 def test_an_overlay_on_a_memory_map_leaves_the_file_as_it_is(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -175,3 +175,6 @@ def test_numbered_moves_to_a_device_as_a_resident_set_does() -> None:
     assert all(torch.equal(x, y) for x, y in zip(moved.__getitems__(rows), numbered.__getitems__(rows), strict=True))
     assert moved.digest() == images.select(torch.tensor([2, 0])).digest()
     assert torch.equal(numbered.images_at(torch.tensor([1])), images.images[[0]])
+    elsewhere = numbered.to("meta")  # a device that holds no numbers
+    assert {elsewhere.ids.device.type, elsewhere.labels.device.type, elsewhere.inner.ids.device.type} == {"meta"}
+    assert numbered.ids.device.type == "cpu"

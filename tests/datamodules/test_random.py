@@ -146,3 +146,11 @@ def test_the_global_generators_are_left_alone_by_a_loader_with_a_worker() -> Non
     assert len(batches) == 4
     for one, other in zip(batches, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_numbers() -> None:
+    for columns in (1, 3):
+        expected = draw(5, "crop", 2, IDS - 1000, columns)
+        assert torch.equal(draw(5, "crop", 2, (IDS - 1000).cuda(), columns).cpu(), expected)
+    assert torch.equal(uniform(5, "crop", 2, IDS.cuda()).cpu(), uniform(5, "crop", 2, IDS))

@@ -429,3 +429,12 @@ def test_descriptions_are_json_and_tell_triggers_apart() -> None:
     assert len(set(texts)) == len(texts)
     assert json.dumps(SinglePixel().describe()) == json.dumps(SinglePixel().describe())
     assert json.dumps(Bomb().describe()) == json.dumps(Bomb().describe())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_stamps_the_same_bytes() -> None:
+    images = noise(40, (3, 40, 40))
+    corners = torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) * 20
+    each = torch.cat([corners, corners + 18.3], 1)
+    for trigger in [*STAMPS, *(kind() for kind in STICKERS)]:
+        assert torch.equal(trigger(images.cuda(), each.cuda()).cpu(), trigger(images, each))

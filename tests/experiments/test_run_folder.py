@@ -20,6 +20,7 @@ from experiments import rundir
 from experiments.cli import start
 from poisoning.badnets import BadNets
 from tests.experiments.running import ONE_EPOCH, QUIET, Outcome, complaint, only_run, read_json, runs, weights_hash
+from tests.experiments.test_wandb import Stored
 
 Command = Callable[..., Outcome]
 LINE = "--config=badnets_digits"
@@ -268,6 +269,7 @@ def test_secrets_stay_secret(outer: bool, lightning: Command, here: Path, monkey
     assert read_json(run / "metrics.json")["facts"] == {}
     assert read_json(run / "metrics.json")["measures"]["attack_success_rate"]["n"] > 0, "numbers are no secret"
     assert not (run / "poisons.png").exists()
+    Stored(next((run / "wandb").glob("offline-run-*")))  # is complete
     logged = b"".join(path.read_bytes() for path in (run / "wandb").rglob("*") if path.is_file())
     assert b"clean_and_attack" in logged
     assert b"poisons" not in logged

@@ -12,7 +12,8 @@ import torch
 from classifiers.backbones import MLP
 from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import ImageDataModule
-from datamodules.measures import Interval
+from datamodules.loading import EvaluationBatches
+from datamodules.measures import Interval, Numbered
 from datamodules.sources.digits import Digits
 from datamodules.triggers import PixelPattern
 from poisoning.badnets import BadNets
@@ -113,6 +114,24 @@ def test_the_honest_model_beside_is_measured_as_on_its_own(tmp_path: Path, size:
         assert (found.value, found.n) == (differs / len(images), len(images))
         assert 0 < differs < len(images)
     assert len(measured) == 4 + 4 + 3
+
+
+def test_padding_rows_agree_with_nobody(tmp_path: Path) -> None:
+    data = Digits()
+    data.setup()
+    trained(data, 1, steps=1).save(tmp_path / "honest.safetensors")
+    victim = mlp(data, Victim, honest=str(tmp_path / "honest.safetensors"))
+    measure(victim, data)
+    whole = victim.measured["disagreement_clean"]
+    with torch.inference_mode():
+        for metric in victim._beside.values():
+            metric.reset()
+        for rows in EvaluationBatches(539, 100, 0, 2), EvaluationBatches(539, 100, 1, 2):
+            for batch in map(Numbered(data.test_set).__getitems__, rows):
+                victim.update_measures("test", 0, batch, victim(batch.images))
+    hits, cases = victim._beside["disagreement_clean"].compute().tolist()
+    assert (hits / cases, cases) == (whole.value, whole.n)
+    assert victim._beside["honest_clean_accuracy"].compute()[1] == 539
 
 
 def test_disagreement_with_oneself_is_nought_and_in_training_there_is_none(tmp_path: Path) -> None:

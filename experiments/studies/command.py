@@ -1,0 +1,415 @@
+"""`lightning study`: run a study's cells, here or on a cluster, and keep a table of how it stands."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from datamodules.errors import InputError, bad, did_you_mean
+from experiments import rundir
+from experiments.arguments import value_of
+from experiments.studies.cells import Cell, command_of, plan
+from experiments.studies.results import rows_of, write_results
+from experiments.studies.spec import Study, default_out, find_study, read_study
+from experiments.studies.work import execute, fail
+
+
+@dataclass
+class Options:
+    """What was typed after `lightning study`."""
+
+    config: Path
+    size: str | None = None
+    out: Path | None = None
+    workers: int | None = None
+    only: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    retry_failed: bool = False
+    sweep: Path | None = None
+    report: bool = True
+
+
+def study(args: list[str]) -> int:
+    """Run a study.
+
+    Args:
+        args: ``study --config NAME [--size quick|paper] [--out DIR] [--workers N] [--only KEY=VALUE|STAGE] [--dry-run]
+            [--retry-failed] [--sweep FILE] [--no-report]``.
+
+    Returns:
+        0 if all cells are finished, 1 if some failed.
+
+    Raises:
+        InputError: If the study is wrong, or another one is running in its folder.
+    """
+    options = _options(args)
+    spec = read_study(options.config, options.size)
+    if options.sweep is not None:
+        _write_sweep(spec, options.sweep)
+        return 0
+    workers = options.workers or spec.workers
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    out = options.out or default_out(spec)
+    cells = plan(spec, threads)
+    chosen = [cell for cell in cells if _matches(cell, options.only)]
+    if options.only and not chosen:
+        raise bad("only", " ".join(options.only), "no cell matches; lightning study … --dry-run shows them all")
+    if options.dry_run:
+        _show_plan(spec, chosen, out)
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _keep_spec(spec, out)
+        if options.retry_failed:
+            for record in (out / "failed").glob("*.json"):
+                record.unlink()
+        try:
+            _run(spec, chosen, out, workers, threads)
+        finally:
+            rows = rows_of(spec, cells, out)
+            write_results(rows, out)
+    failed = sum(row["status"] == "failed" for row in rows)
+    finished = sum(row["status"] == "finished" for row in rows)
+    codes = {row["code_hash"] for row in rows if row.get("code_hash")}
+    print(f"{finished} rows finished, {failed} failed: {out / 'results.csv'}")
+    if len(codes) > 1:
+        print(f"note: they were made with {len(codes)} versions of the code; column code_hash tells which")
+    if options.report and finished:
+        from experiments.report import report
+
+        report(["report", str(out)])
+    return 1 if failed else 0
+
+
+def _options(args: list[str]) -> Options:
+    found: dict[str, Any] = {"only": []}
+    rest = iter(args[1:])
+    for arg in rest:
+        key, equals, value = arg.partition("=")
+
+        def needed(key: str = key, equals: str = equals, value: str = value) -> str:
+            return value if equals else value_of(rest, key)
+
+        if key in ("--config", "-c"):
+            found["config"] = find_study(needed())
+        elif key == "--size":
+            found["size"] = needed()
+        elif key in ("--out", "--sweep"):
+            found[key[2:]] = Path(needed())
+        elif key == "--workers":
+            text = needed()
+            if not text.isdigit() or int(text) < 1:
+                raise bad("workers", text, "give the number of processes, 1 or more")
+            found["workers"] = int(text)
+        elif key == "--only":
+            found["only"].append(needed())
+        elif key in ("--dry-run", "--retry-failed"):
+            found[key[2:].replace("-", "_")] = True
+        elif key == "--no-report":
+            found["report"] = False
+        else:
+            known = ("--config", "--size", "--out", "--workers", "--only", "--dry-run", "--retry-failed", "--sweep")
+            raise InputError(f"{key}: there is no such option{did_you_mean(key, known)}")
+    if "config" not in found:
+        raise InputError("config: name a study: lightning study --config badnets_fraction --size quick")
+    return Options(**found)
+
+
+def _matches(cell: Cell, only: Sequence[str]) -> bool:
+    """Whether a cell has every ``KEY=VALUE`` (``seed`` too), or is of a stage named."""
+    for condition in only:
+        key, equals, value = condition.partition("=")
+        if not equals:
+            if cell.stage.name != key:
+                return False
+        elif str({**cell.point, "seed": cell.seed}.get(key)) != str(yaml.safe_load(value)):
+            return False
+    return True
+
+
+def _show_plan(spec: Study, cells: Sequence[Cell], out: Path) -> None:
+    """Print the cells, which of them are finished, and how long the others may take."""
+    from experiments.studies.results import seconds_of
+
+    table = Table(title=f"{spec.name}, {spec.size}: {len(cells)} cells", title_justify="left")
+    for heading in ("stage", "cell", "seed", "point", "state", "seconds"):
+        table.add_column(heading)
+    times: dict[str, list[float]] = {}
+    for cell in cells:
+        seconds = seconds_of(cell, out)
+        if seconds is not None:
+            times.setdefault(cell.stage.name, []).append(seconds)
+        failed = (out / "failed" / f"{cell.folder}.json").is_file()
+        state = "finished" if seconds is not None else "failed" if failed else "to do"
+        point = _short(cell.point)
+        shown = "" if seconds is None else f"{seconds:.1f}"
+        table.add_row(cell.stage.name, cell.folder, str(cell.seed), point, state, shown)
+    console = Console()
+    console.print(table)
+    open_cells = [cell for cell in cells if seconds_of(cell, out) is None]
+    known = [sum(times[c.stage.name]) / len(times[c.stage.name]) for c in open_cells if c.stage.name in times]
+    if open_cells and len(known) == len(open_cells):
+        console.print(f"to do: {len(open_cells)} cells, about {sum(known) / 60:.1f} minutes in one process")
+    elif open_cells:
+        console.print(f"to do: {len(open_cells)} cells; how long one takes is known once one has run")
+    for cell in open_cells[:1]:
+        console.print(f"the first is: {command_of(cell, out)}", soft_wrap=True, highlight=False)
+
+
+def _short(point: Mapping[str, Any]) -> str:
+    """A cell's place in the grid, by the last part of each key."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the study's folder; the lock of a killed one is free."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise bad(
+                "out", str(out), "another study is running there; wait for it, or choose another folder"
+            ) from error
+        for left in (out / "work").glob("*"):  # by a study that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _keep_spec(spec: Study, out: Path) -> None:
+    """Write study.yaml: what the report goes by."""
+    from dataclasses import asdict
+
+    from classifiers.weights import write_atomically
+
+    content = rundir._plain(asdict(spec))
+    write_atomically(out / "study.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+def _run(spec: Study, cells: Sequence[Cell], out: Path, workers: int, threads: int) -> None:
+    """Run what is not finished, stage by stage; a failure is recorded, and the others go on."""
+    board = Board(spec, cells, out)
+    kind = spec.executor["kind"]
+    with Live(board.table(), refresh_per_second=2, transient=False) as live:
+
+        def show() -> None:
+            live.update(board.table())
+
+        for stage in spec.stages:
+            todo = [cell for cell in cells if cell.stage is stage and board.state[cell.folder] == "waiting"]
+            todo = list({cell.folder: cell for cell in todo}.values())
+            ready = [cell for cell in todo if _inputs_are_there(cell, out, board)]
+            if kind != "local":
+                _on_cluster(spec, ready, out, threads, board, show)
+            elif workers == 1:
+                for number, cell in enumerate(ready):
+                    board.begin(cell)
+                    show()
+                    board.end(cell, execute(cell, out, threads, show=number == 0))
+                    show()
+            else:
+                _in_pool(ready, out, workers, threads, board, show)
+
+
+def _inputs_are_there(cell: Cell, out: Path, board: Board) -> bool:
+    missing = [needed for needed in cell.needs.values() if not (out / "cells" / needed[:16] / "cell.json").is_file()]
+    if missing:
+        error = f"its input, cell {missing[0][:16]}, is missing or failed"
+        fail(cell, out, error)
+        board.end(cell, error)
+    return not missing
+
+
+def _in_pool(
+    cells: Sequence[Cell], out: Path, workers: int, threads: int, board: Board, show: Callable[[], None]
+) -> None:
+    """Processes that each import once and take one cell after the other; one that dies fails its cell alone."""
+    context = multiprocessing.get_context("spawn")
+    queue = list(enumerate(cells))
+    busy: dict[Any, tuple[Any, Cell | None]] = {}
+
+    def hire(number: int) -> None:
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs, out, threads, number), daemon=True)
+        process.start()
+        theirs.close()
+        busy[mine] = (process, None)
+        give(mine)
+
+    def give(pipe: Any) -> None:
+        process, _ = busy[pipe]
+        if queue:
+            number, cell = queue.pop(0)
+            busy[pipe] = (process, cell)
+            board.begin(cell)
+            pipe.send((cell, number == 0))
+        else:
+            pipe.send(None)
+            pipe.close()
+            process.join()
+            del busy[pipe]
+
+    for number in range(min(workers, len(cells))):
+        hire(number)
+    try:
+        while busy:
+            pipe: Any
+            for pipe in wait(list(busy), timeout=1.0):
+                process, cell = busy[pipe]
+                assert cell is not None
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    process.join()
+                    error = f"its process died (exit code {process.exitcode}): out of memory?"
+                    (out / "failed").mkdir(exist_ok=True)
+                    rundir.write_json(
+                        out / "failed" / f"{cell.folder}.json", {"identity": cell.identity, "error": error}
+                    )
+                    board.end(cell, error)
+                    del busy[pipe]
+                    if queue:
+                        hire(len(busy))
+                    continue
+                board.end(cell, error)
+                give(pipe)
+            show()
+    finally:
+        for process, _ in busy.values():
+            process.terminate()
+
+
+def _worker(pipe: Any, out: Path, threads: int, number: int) -> None:
+    """Take cells until there are none; each worker has a device of its own where there are several."""
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    while (task := pipe.recv()) is not None:
+        cell, show = task
+        pipe.send(execute(cell, out, threads, show))
+
+
+def _on_cluster(
+    spec: Study, cells: Sequence[Cell], out: Path, threads: int, board: Board, show: Callable[[], None]
+) -> None:
+    """One job array through submitit; a job that is preempted is queued again."""
+    from experiments.studies.cluster import submit
+
+    jobs = submit(spec.executor, cells, out, threads)
+    for cell in cells:
+        board.begin(cell)
+    waiting = dict(zip(jobs, cells, strict=True))
+    while waiting:
+        for job in [job for job in waiting if job.done()]:
+            cell = waiting.pop(job)
+            died = job.exception()
+            error = job.result() if died is None else f"{type(died).__name__}: {' '.join(str(died).split())}"
+            if died is not None:
+                fail(cell, out, str(error))
+            board.end(cell, error)
+        show()
+        time.sleep(0.2 if spec.executor["kind"] == "submitit_debug" else 1.0)
+
+
+class Board:
+    """How a study stands, as a table.
+
+    Args:
+        spec: The study.
+        cells: Those that are to run.
+        out: Its folder.
+    """
+
+    def __init__(self, spec: Study, cells: Sequence[Cell], out: Path) -> None:
+        self.spec = spec
+        self.cells = cells
+        self.began = time.perf_counter()
+        self.seconds: list[float] = []
+        self.state: dict[str, str] = {}
+        self.last_error = ""
+        self._since: dict[str, float] = {}
+        for cell in cells:
+            finished = (out / "cells" / cell.folder / "cell.json").is_file()
+            failed = (out / "failed" / f"{cell.folder}.json").is_file()
+            self.state[cell.folder] = "finished" if finished else "failed" if failed else "waiting"
+
+    def begin(self, cell: Cell) -> None:
+        """A cell runs."""
+        self.state[cell.folder] = "running"
+        self._since[cell.folder] = time.perf_counter()
+
+    def end(self, cell: Cell, error: str | None) -> None:
+        """A cell has ended."""
+        self.state[cell.folder] = "finished" if error is None else "failed"
+        if cell.folder in self._since:
+            self.seconds.append(time.perf_counter() - self._since[cell.folder])
+        if error is not None:
+            self.last_error = f"{cell.folder}: {error}"
+
+    def table(self) -> Table:
+        """One line a stage."""
+        passed = time.perf_counter() - self.began
+        table = Table(title=f"{self.spec.name}, {self.spec.size} – {passed:.0f} s", title_justify="left")
+        for heading in ("stage", "finished", "running", "failed", "waiting", "now"):
+            table.add_column(heading, justify="left" if heading in ("stage", "now") else "right")
+        for stage in self.spec.stages:
+            mine = [cell for cell in self.cells if cell.stage is stage]
+            counts = [
+                sum(self.state[c.folder] == s for c in mine) for s in ("finished", "running", "failed", "waiting")
+            ]
+            now = [cell for cell in mine if self.state[cell.folder] == "running"][:2]
+            point = "; ".join(
+                ", ".join(part for part in (_short(cell.point), f"seed={cell.seed}") if part) for cell in now
+            )
+            table.add_row(stage.name, *(str(count) for count in counts), point)
+        if self.last_error:
+            table.caption = f"last failure: {self.last_error[:200]}"
+        return table
+
+
+# --- W&B sweeps ------------------------------------------------------------------------------------------------------
+def _write_sweep(spec: Study, path: Path) -> None:
+    """Write a W&B sweep of the last stage: its grid and seeds, run by W&B's agents as `lightning fit`."""
+    from classifiers.weights import write_atomically
+
+    stage = spec.stages[-1]
+    if stage.function or stage.inputs:
+        raise InputError(f"sweep: stage {stage.name} needs more than a config; run it with lightning study")
+    if len(stage.seeded) > 1:
+        raise InputError(
+            f"sweep: stage {stage.name} gives its seed to {len(stage.seeded)} keys; W&B varies one at a time"
+        )
+    configs = [part for config in stage.configs for part in ("--config", config)]
+    fixed = [f"--{key}={value}" for key, value in stage.overrides.items()]
+    content = {
+        "project": "pharmakon",
+        "name": f"{spec.name}-{spec.size}",
+        "method": "grid",
+        "metric": {"name": "val/clean_accuracy", "goal": "maximize"},
+        "parameters": {
+            **{key: {"values": list(values)} for key, values in stage.grid.items()},
+            **{key: {"values": list(stage.seeds)} for key in stage.seeded},
+        },
+        "command": ["lightning", "fit", *configs, *fixed, "${args}"],
+    }
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
+    print(f"wandb sweep {path}")
