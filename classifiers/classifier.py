@@ -203,7 +203,7 @@ class ImageClassifier(LightningModule):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give the number of epochs")
+            raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give a number of epochs")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.schedule_factory(optimizer, int(steps)), "interval": "step"},

@@ -165,7 +165,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return self.trainer.global_rank, self.trainer.world_size
 
     def _batches_done(self) -> int:
-        if self.trainer is None:
+        if self.trainer is None or not self.trainer.training:
             return 0
         done: int = getattr(self.trainer.fit_loop.epoch_loop.batch_progress.current, "processed")  # noqa: B009 – typed too narrowly
         return done

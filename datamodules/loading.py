@@ -129,8 +129,9 @@ class Loader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches, from where training stands when the first one is asked for.
 
-        Not from where it stands now: Lightning makes the iterator before it has restored a checkpoint's progress and told
-        the epoch – with a schedule that asks for the number of steps, or with worker processes, which start at once.
+        Not from where it stands now: Lightning makes the iterator before it has restored a checkpoint's progress and
+        told the epoch – with a schedule that asks for the number of steps, or with worker processes, which start at
+        once.
         """
         if isinstance(self._batches, TrainBatches) and self._done is not None:
             self._batches.start = self._done() % max(1, len(self))
