@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from classifiers.classifier import ImageClassifier
@@ -46,6 +47,7 @@ class Record(Callback):
         self.measures: dict[str, Interval] = {}
         self.accepted: bool | None = None
         self.predictions: list[dict[str, Any]] = []
+        self._trained = False
         self._sigterm: Any = None
         self._terminated = False
 
@@ -169,8 +171,16 @@ class Record(Callback):
         self._terminated = True
 
     # --- end ---------------------------------------------------------------------------------------------------------
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notice that training took place."""
+        self._trained = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights and the curves."""
+        if not self._trained:  # it resumed a run that was complete: weights are to be averaged all the same
+            for callback in trainer.callbacks:
+                if isinstance(callback, WeightAveraging):
+                    callback.on_train_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         if isinstance(pl_module, ImageClassifier):

@@ -160,9 +160,21 @@ def _untar(archive: Path, into: Path, limit: int) -> None:
             for member in tar:
                 plain = (member.isreg() and not member.issparse()) or member.isdir()
                 _check_member(archive, member.name, plain)
-                tar.extract(member, into, filter="data")
+                _write_member(tar, member, into / member.name)
         while counted.read(2**20):  # to the end, where the checksum is compared
             pass
+
+
+def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """Write a member that was found harmless; its owner and mode stay behind, which tarfile does only from 3.11.4 on."""
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = tar.extractfile(member)
+    assert content is not None  # a plain file
+    with content, path.open("wb") as file:
+        shutil.copyfileobj(content, file)
 
 
 def _unzip(archive: Path, into: Path, limit: int) -> None:

@@ -233,7 +233,10 @@ def test_resumed_run_has_whole_curves_and_no_old_error(finished: Path, lightning
     assert "ckpt_path" not in (finished / "config.yaml").read_text(), "the config begins anew, it does not resume"
 
 
-def test_fit_of_a_run_that_is_complete_only_tests_it(finished: Path, lightning: Command) -> None:
+@pytest.mark.parametrize("average", ["null", "0.9"], ids=["", "moving average"])
+def test_fit_of_a_run_that_is_complete_only_tests_it(average: str, lightning: Command) -> None:
+    assert lightning("fit", LINE, *QUIET, "--trainer.max_epochs=1", f"--model.ema={average}").code == 0
+    finished = only_run()
     before, weights = read_json(finished / "metrics.json")["measures"], weights_hash(finished)
     assert lightning("fit", "--resume", str(finished)).code == 0
     assert read_json(finished / "metrics.json")["measures"] == before
