@@ -166,7 +166,7 @@ def _untar(archive: Path, into: Path, limit: int) -> None:
 
 
 def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    """Write a member that was found harmless; its owner and mode stay behind, which tarfile does only from 3.11.4 on."""
+    """Write a member that was found harmless; owner and mode stay behind, as in tarfile itself only from 3.11.4 on."""
     if member.isdir():
         path.mkdir(parents=True, exist_ok=True)
         return
