@@ -29,6 +29,7 @@ from experiments import rundir
 from experiments.arguments import COMMANDS, prepare
 from experiments.checkpoints import AtomicCheckpointIO, check_checkpoint
 from experiments.complaints import input_error, one_line
+from experiments.memory import keep_freed_memory
 from experiments.record import Record, print_table
 from experiments.registry import configs_folder, import_all
 from experiments.wandb_logger import Wandb
@@ -280,6 +281,7 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
     """
     import_all()
     _be_quiet()
+    keep_freed_memory()
     prepared = prepare(args)
     try:
         return CommandLine(prepared.args, prepared.name, prepared.folder, act, keep, show)
