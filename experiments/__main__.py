@@ -23,6 +23,10 @@ commands
                                  lightning accept --config user.yaml --weights FILE
   export     write the rewritten training set as PNG files with a table
                                  lightning export --config badnets_digits --out DIR
+  study      run a grid of runs, each once:
+                                 lightning study --config badnets_fraction --size quick [--dry-run] [--out DIR]
+  report     one page of a study's tables and figures
+                                 lightning report DIR
   list       every attack, defence, datamodule, backbone, trigger and config
 
 options
@@ -33,7 +37,7 @@ options
   --help     print this; after a command: all of its options (takes ten seconds)
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "accept", "export", "list")
+COMMANDS = ("fit", "validate", "test", "predict", "accept", "export", "study", "report", "list")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lightning {args[0]}: there is no such command{did_you_mean(args[0], COMMANDS)}", file=sys.stderr)
         return 2
-    if args[0] in ("accept", "export") and {"-h", "--help"} & set(args):
+    if args[0] in ("accept", "export", "study", "report") and {"-h", "--help"} & set(args):
         print(USAGE, end="")
         return 0
     from experiments.commands import execute

@@ -46,6 +46,14 @@ def _action(command: str) -> Callable[[list[str]], int]:
         from experiments.export import export
 
         return export
+    if command == "study":
+        from experiments.studies.command import study
+
+        return study
+    if command == "report":
+        from experiments.report import report
+
+        return report
     return _run
 
 

@@ -178,7 +178,7 @@ class Record(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights and the curves."""
         if not self._trained:  # it resumed a run that was complete: weights are to be averaged all the same
-            for callback in trainer.callbacks:
+            for callback in getattr(trainer, "callbacks", []):  # typed too narrowly
                 if isinstance(callback, WeightAveraging):
                     callback.on_train_end(trainer, pl_module)
         if not trainer.is_global_zero:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from classifiers.classifier import BackboneFactory, ImageClassifier, OptimizerFactory, ScheduleFactory
+from classifiers.classifier import BackboneFactory, ImageClassifier, MisfitError, OptimizerFactory, ScheduleFactory
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch
 from datamodules.measures import Hits
@@ -72,7 +72,10 @@ class Victim(ImageClassifier):
         self._honest: list[ImageClassifier] = []  # in a list: neither a submodule nor part of any checkpoint
         if honest is not None:
             other = ImageClassifier(backbone, num_classes, image_shape, mean, std, channels_last=channels_last)
-            other.load(honest)
+            try:
+                other.load(honest)
+            except MisfitError as error:  # it says nothing about the weights that are judged
+                raise InputError(f"honest: {error}") from error
             self._honest = [other.eval().requires_grad_(False)]
         self._beside: dict[str, Metric] = {}
 

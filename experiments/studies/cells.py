@@ -59,6 +59,7 @@ def plan(study: Study, threads: int) -> list[Cell]:
     cells: list[Cell] = []
     for stage in study.stages:
         points = [dict(zip(stage.grid, values, strict=True)) for values in itertools.product(*stage.grid.values())]
+        points = [point for point in points if not any(left.items() <= point.items() for left in stage.exclude)]
         for point, seed in itertools.product(points, stage.seeds):
             needs = {key: _source(cells, source, point, seed).identity for key, source in stage.inputs.items()}
             cells.append(Cell(stage, point, seed, needs, _identity(stage, point, seed, needs, threads)))

@@ -18,7 +18,7 @@ Value = Any
 KINDS = ("local", "slurm", "submitit_local", "submitit_debug")
 """Of executors."""
 
-_STAGE = ("configs", "overrides", "grid", "seeds", "seeded", "inputs", "function", "arguments")
+_STAGE = ("configs", "overrides", "grid", "exclude", "seeds", "seeded", "inputs", "function", "arguments")
 _STUDY = ("stages", "sizes", "figures", "tables", "workers", "executor")
 
 
@@ -31,6 +31,7 @@ class Stage:
         configs: Names or paths of configs; later ones win.
         overrides: Keys that differ from them, for every cell.
         grid: Key → its values; the cells are their product.
+        exclude: Points that are left out of the product, each by some of its keys.
         seeds: One cell for each seed at each point.
         seeded: The keys that get the seed.
         inputs: Key → the earlier stage whose weights it gets: those of the cell with the same seed and grid values.
@@ -43,6 +44,7 @@ class Stage:
     configs: tuple[str, ...] = ()
     overrides: Mapping[str, Value] = field(default_factory=dict)
     grid: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    exclude: tuple[Mapping[str, Value], ...] = ()
     seeds: tuple[int, ...] = (0,)
     seeded: tuple[str, ...] = ("seed_everything",)
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -136,6 +138,11 @@ def _stage(name: str, part: Any, earlier: set[str]) -> Stage:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise bad(f"stages.{name}.grid.{key}", values, "give a list of values")
+    exclude = part.get("exclude") or []
+    for point in exclude:
+        for key in point:
+            if key not in grid:
+                raise bad(f"stages.{name}.exclude", key, f"the grid has no such key{did_you_mean(str(key), grid)}")
     seeds = part.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise bad(f"stages.{name}.seeds", seeds, "give a list of whole numbers")
@@ -149,6 +156,7 @@ def _stage(name: str, part: Any, earlier: set[str]) -> Stage:
         configs=tuple(configs),
         overrides=part.get("overrides") or {},
         grid={key: tuple(values) for key, values in grid.items()},
+        exclude=tuple(exclude),
         seeds=tuple(seeds),
         seeded=tuple(part.get("seeded", ["seed_everything"])),
         inputs=inputs,
