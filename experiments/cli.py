@@ -338,15 +338,14 @@ def _complete(init_args: Namespace, config: Namespace, folder: Path, resumed: bo
 
 def _check_classes(value: Any, where: tuple[str, ...]) -> None:
     """Refuse a ``class_path`` that is no class: the parser would call any function with the arguments beside it."""
-    if isinstance(value, Namespace | dict):
-        content = vars(value) if isinstance(value, Namespace) else value
-        path = content.get("class_path")
+    if isinstance(value, Namespace):
+        path = value.get("class_path")
         if isinstance(path, str) and not isinstance(resolve_name(path), type):
             raise bad(".".join(where), path, "is no class")
-        for key, part in content.items():
+        for key, part in vars(value).items():
             _check_classes(part, where if key == "init_args" else (*where, str(key)))
-    elif isinstance(value, list):
-        for part in value:
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
             _check_classes(part, where)
 
 

@@ -149,26 +149,46 @@ class Record(Callback):
                 }
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of several processes, let each only take note of a SIGTERM.
+
+        Lightning's handler waits for the others in the midst of a step, and hangs if they are not at the same one.
+        """
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._take_note)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop together, if one of several processes was told to."""
+        if trainer.world_size > 1:
+            self._agree(trainer)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put a SIGTERM off until validation is over: neither half of it nor swapped weights can be resumed."""
         if trainer.state.fn == "fit" and threading.current_thread() is threading.main_thread():
-            self._sigterm = signal.signal(signal.SIGTERM, self._put_off)
+            self._sigterm = signal.signal(signal.SIGTERM, self._take_note)
             connector = trainer._signal_connector  # one that came just before would end validation in its midst
-            self._terminated, connector.received_sigterm = connector.received_sigterm, False
+            self._terminated |= connector.received_sigterm
+            connector.received_sigterm = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a SIGTERM through again; write the metrics of the command `validate`."""
         if self._sigterm is not None:
             signal.signal(signal.SIGTERM, self._sigterm)
             self._sigterm = None
-        if self._terminated:
-            self._terminated = False
-            signal.raise_signal(signal.SIGTERM)
+            self._agree(trainer)
         if trainer.state.fn == "validate":
             self._finish(trainer, pl_module)
 
-    def _put_off(self, *_: Any) -> None:
+    def _take_note(self, *_: Any) -> None:
         self._terminated = True
+
+    def _agree(self, trainer: Trainer) -> None:
+        """Have Lightning stop at the next step's end, in all processes at once, if any was told to."""
+        if trainer.world_size > 1:
+            self._terminated = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
+        if self._terminated:
+            self._terminated = False
+            trainer._signal_connector.received_sigterm = True
 
     # --- end ---------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -55,7 +55,7 @@ def draw(plot: Plot) -> Drawing:
     """Draw a figure that has at least one point."""
     with _style(plot.spec.name):
         figure = _heatmap(plot) if plot.spec.kind == "heatmap" else _lines(plot)
-        _grow(figure)
+        _grow(figure, 0.4 * len(plot.xs) if plot.spec.kind == "heatmap" else 2.6)
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         vectors, pixels = io.StringIO(), io.BytesIO()
         figure.savefig(vectors, format="svg", transparent=True, metadata=nothing)
@@ -168,21 +168,23 @@ def _lines(plot: Plot) -> Any:
     return figure
 
 
-def _grow(figure: Any) -> None:
-    """Give a figure the height that its labels need: a layout leaves none to what is long or slants."""
+def _grow(figure: Any, least: float) -> None:
+    """Give a figure the size that its labels need – a layout leaves them none – and its axes `least` inches across."""
     for _ in range(5):
         figure.draw_without_rendering()
-        box = figure.get_tightbbox()
-        (axis, *_), wide, high = figure.axes, figure.get_figwidth(), figure.get_figheight()
-        lacking = max(box.y1 - high, -box.y0, 0.0) + max(2.1 - axis.get_window_extent().height / figure.dpi, 0.0)
-        if lacking < 0.02:
+        box, wide, high = figure.get_tightbbox(), figure.get_figwidth(), figure.get_figheight()
+        axes = figure.axes[0].get_window_extent()
+        across = max(box.x1 - wide, -box.x0, 0.0) + max(least - axes.width / figure.dpi, 0.0)
+        down = max(box.y1 - high, -box.y0, 0.0) + max(2.1 - axes.height / figure.dpi, 0.0)
+        if max(across, down) < 0.02:
             return
-        figure.set_size_inches(wide, high + 1.1 * lacking)
+        figure.set_size_inches(wide + 1.1 * across, high + 1.1 * down)
 
 
 def _line(axis: Any, plot: Plot, line: Line, index: int, places: dict[str, float]) -> Any:
     colour = _colour(index)
-    points = [(places[x], summary) for x, summary in line.points.items() if x in places]
+    shift = _shift(plot, index)
+    points = [(places[x] + shift, summary) for x, summary in line.points.items() if x in places]
     xs = [x for x, _ in points]
     values = [_scaled(summary.value, plot) for _, summary in points]
     bounds = [_drawn_bounds(summary, plot) for _, summary in points]
@@ -212,8 +214,7 @@ def _line(axis: Any, plot: Plot, line: Line, index: int, places: dict[str, float
 
 
 def _bars(axis: Any, plot: Plot, line: Line, index: int, places: dict[str, float]) -> Any:
-    colour, wide = _colour(index), 0.8 / len(plot.lines)
-    shift = (index - (len(plot.lines) - 1) / 2) * wide
+    colour, wide, shift = _colour(index), 0.8 / len(plot.lines), _shift(plot, index)
     points = [(places[x] + shift, summary) for x, summary in line.points.items()]
     values = [_scaled(summary.value, plot) for _, summary in points]
     bounds = [_drawn_bounds(summary, plot) for _, summary in points]
@@ -244,9 +245,7 @@ def _published(axis: Any, plot: Plot, places: dict[str, float]) -> list[Any]:
         own = [place for place, line in enumerate(plot.lines) if belongs(each, line)]
         bars = plot.spec.kind == "bars"  # on a bar of its own colour a marker would not be seen
         colour = _colour(own[0]) if len(own) == 1 and not bars else COLOURS["ink"][0]
-        shift = 0.0
-        if bars and len(own) == 1:
-            shift = (own[0] - (len(plot.lines) - 1) / 2) * 0.8 / len(plot.lines)
+        shift = _shift(plot, own[0]) if len(own) == 1 else 0.0
         (drawn,) = axis.plot(
             [places[published_x(x)] + shift for x, _ in each.points],
             [_scaled(value, plot) for _, value in each.points],
@@ -261,6 +260,14 @@ def _published(axis: Any, plot: Plot, places: dict[str, float]) -> list[Any]:
         )
         handles.append(drawn)
     return handles
+
+
+def _shift(plot: Plot, index: int) -> float:
+    """How far a line's points stand beside their names, so that no line hides another."""
+    if plot.categories is None:
+        return 0.0
+    wide = 0.8 if plot.spec.kind == "bars" else 0.5
+    return (index - (len(plot.lines) - 1) / 2) * wide / len(plot.lines)
 
 
 def _places(plot: Plot) -> dict[str, float]:
@@ -344,11 +351,9 @@ def _heatmap(plot: Plot) -> Any:
     mesh = axis.pcolormesh(values, cmap="cividis", linewidth=0)
     axis.set_xticks([place + 0.5 for place in range(len(columns))])
     axis.set_yticks([place + 0.5 for place in range(len(plot.lines))])
-    names = [plot.point_label(x) for x in columns]
-    slanting = sum(len(name) for name in names) > 36
-    more = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanting else {}
-    axis.set_xticklabels([_wrapped(name, 28) for name in names], **more)
-    axis.set_yticklabels([_wrapped(line.label, 28) for line in plot.lines])
+    names = [_wrapped(plot.point_label(x), 24) for x in columns]
+    axis.set_xticklabels(names, rotation=90 if sum(map(len, names)) > 36 else 0)
+    axis.set_yticklabels([_wrapped(line.label, 20) for line in plot.lines])
     axis.invert_yaxis()
     axis.tick_params(length=0)
     for spine in axis.spines.values():

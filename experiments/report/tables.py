@@ -91,7 +91,7 @@ def table(spec: TableSpec, study: StudySpec, results: Results) -> Table:
         unit = " (%)" if results.is_share(of) else ""
         headings.append(heading(of.text, spec.labels) + unit)
         if of.text in published:
-            headings.append(f"{heading(of.text, spec.labels)}, published{unit}")
+            headings.append(f"published{unit}")
     rows, used, all_summaries = [], set(), []
     for key, members in groups.items():
         entries: list[Entry] = []
@@ -291,7 +291,7 @@ def as_latex(shown: Table) -> str:
 
 def _stacked(text: str, side: str) -> str:
     """A heading in lines of its own, for a page is narrow."""
-    lines = [_latex(line) for line in textwrap.wrap(text, 14)]
+    lines = [_latex(line) for line in textwrap.wrap(text, 16)]
     joined = " \\\\ ".join(lines)
     return f"\\shortstack[{side}]{{{joined}}}" if len(lines) > 1 else joined
 

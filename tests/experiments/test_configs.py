@@ -71,8 +71,12 @@ def test_overlay_runs(name: str, lightning: Command, here: Path) -> None:
     assert outcome.code == 0, outcome.err
     run = only_run()
     assert run.parent.name == "badnets_digits", "an overlay names no run"
-    loggers = {"logger/csv": {"csv"}, "logger/tensorboard": {"csv", "tensorboard"}, "logger/mlflow": {"csv", "mlruns"}}
-    assert loggers.get(name, set()) == {"csv", "tensorboard", "mlruns"} & set(os.listdir(run))
+    loggers = {
+        "logger/csv": {"csv"},
+        "logger/tensorboard": {"csv", "tensorboard"},
+        "logger/mlflow": {"csv", "mlflow.db"},
+    }
+    assert loggers.get(name, set()) == {"csv", "tensorboard", "mlflow.db"} & set(os.listdir(run))
     assert os.listdir(here) == ["runs"], "everything lies in the run's folder"
 
 
@@ -86,5 +90,5 @@ def test_trainer_overlay_is_understood(name: str, lightning: Command) -> None:
 
 
 def test_no_kind_of_part_is_left_out() -> None:
-    tested = {"data", "model", "logger", "debug", "trainer"}
+    tested = {"data", "model", "logger", "debug", "trainer", "studies"}  # the last in test_studies.py
     assert {name.split("/")[0] for name in PARTS} <= tested, "write a test for the new folder of parts"

@@ -14,7 +14,19 @@ import pytest
 
 from datamodules.datamodule import Splits
 from datamodules.sources.digits import Digits
-from tests.experiments.running import QUIET, Outcome, first_checkpoint, only_run, ranks, read_json, runs, weights_hash
+from experiments.cli import start
+from tests.experiments.running import (
+    ONE_EPOCH,
+    QUIET,
+    TWO,
+    Outcome,
+    first_checkpoint,
+    only_run,
+    ranks,
+    read_json,
+    runs,
+    weights_hash,
+)
 
 Command = Callable[..., Outcome]
 LINE = "--config=badnets_digits"
@@ -58,6 +70,15 @@ def test_two_processes_give_the_same_poison_and_exact_numbers(lightning: Command
     assert two["facts"] == one["facts"]
 
 
+def test_four_processes_give_the_same_poison(tmp_path: Path) -> None:
+    with ranks(["fit", LINE, *ONE_EPOCH, *TWO, "--trainer.logger=false"], tmp_path, size=4) as processes:
+        for process in processes:
+            assert process.wait() == 0, process.text
+    data = start(["fit", LINE], act=False, keep=False).datamodule
+    data.setup("fit")
+    assert read_json(only_run() / "manifest.json")["train_set"] == data.train_set.digest()
+
+
 def test_table_of_predictions_has_every_row_once(lightning: Command, tmp_path: Path) -> None:
     options = ["predict", LINE, *QUIET, "--seed_everything=5", "--data.base.eval_batch_size=50"]
     with ranks(options, tmp_path) as processes:
@@ -95,14 +116,15 @@ def test_what_cannot_be_shared_out(option: str, words: tuple[str, ...], tmp_path
             assert all(word in line for word in words), line
 
 
-def test_interrupted_ranks_go_on_to_the_same_weights(tmp_path: Path) -> None:
-    """As a scheduler does it: every process is told to end."""
+@pytest.mark.parametrize("told", [(0, 1), (1,)], ids=["all", "one"])
+def test_interrupted_ranks_go_on_to_the_same_weights(told: tuple[int, ...], tmp_path: Path) -> None:
+    """A scheduler tells every process to end, and a person any one; they stop at the same step."""
     options = ["fit", LINE, *QUIET, "--trainer.max_epochs=4", "--trainer.logger=false", "--data.base.batch_size=200",
                "--trainer.callbacks+=tests.experiments.test_faults.Slow"]  # fmt: skip
     with ranks(options, tmp_path, environment={"SLOW": "1"}) as processes:
         broken = first_checkpoint(processes[0]).parent.parent
-        for process in processes:
-            process.send(signal.SIGTERM)
+        for rank in told:
+            processes[rank].send(signal.SIGTERM)
         for process in processes:
             assert process.wait(60) == 143, process.text
     assert read_json(broken / "status.json")["status"] == "interrupted"
@@ -114,6 +136,7 @@ def test_interrupted_ranks_go_on_to_the_same_weights(tmp_path: Path) -> None:
     assert weights_hash(a) == weights_hash(b)
 
 
+@pytest.mark.slow
 def test_lightning_starts_the_other_process_itself(here: Path) -> None:
     """The way of a person at a terminal: the console script, and an overlay. Both processes share one folder."""
     command = [str(Path(sys.executable).with_name("lightning")), "fit", LINE, "--config=trainer/ddp_cpu"]

@@ -150,6 +150,7 @@ def test_wheel_holds_the_packages_and_the_configs(wheel: Path) -> None:
         assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_from_outside_with_classes_of_ones_own(wheel: Path, tmp_path: Path, here: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
