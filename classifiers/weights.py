@@ -18,6 +18,7 @@ from torch import Tensor
 
 from datamodules.errors import InputError
 from datamodules.imageset import fingerprint
+from datamodules.store import save_tensors
 
 FORMAT = "pharmakon-weights-1"
 
@@ -59,16 +60,17 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], architecture: Archit
     Returns:
         The content hash.
     """
-    from safetensors.torch import save
-
-    # copies: safetensors refuses weights that two layers share
+    # copies: what two layers share is written twice, as safetensors' own reader expects
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     digest = content_hash(plain)
     described = json.dumps(asdict(architecture), sort_keys=True)
     metadata = {"format": FORMAT, "sha256": _seal(digest, described), "architecture": described}
-    write_atomically(path, save(plain, metadata))
+    try:
+        save_tensors(path, plain, metadata)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     return digest
 
 
@@ -87,9 +89,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -97,6 +97,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder")
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | None]:

@@ -8,6 +8,7 @@ import pickle
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,7 +342,7 @@ def test_a_description_that_does_not_fit_the_tensors_is_refused(saved: Path, cha
 def test_a_description_that_is_none_is_refused(saved: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, architecture = load_weights(saved)
     assert architecture is not None
-    monkeypatch.setattr("classifiers.weights.json.dumps", lambda *_, **__: text)
+    monkeypatch.setattr("classifiers.weights.json", SimpleNamespace(dumps=lambda *_, **__: text))
     save_weights(saved, tensors, architecture)
     monkeypatch.undo()
     with refused("weights.safetensors", "architecture is damaged"):
