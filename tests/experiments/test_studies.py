@@ -25,6 +25,12 @@ from experiments.studies.spec import read_study
 TIMES = ("seconds",)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process with one thread: other tests fork it, and a pool of threads does not survive that."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
 def write(path: Path, content: dict[str, Any]) -> Path:
     path.write_text("# A study for the tests\n" + yaml.safe_dump(content, sort_keys=False))
     return path
