@@ -70,7 +70,16 @@ def _config_hash(path: Path) -> str:
     """Of what determines a run: where it is kept and how it is logged do not."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in UNIMPORTANT}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_whole(config), sort_keys=True).encode()).hexdigest()
+
+
+def _whole(value: Value) -> Value:
+    """2.0 as 2: which of the two a parser makes of a number depends on what its process has imported."""
+    if isinstance(value, dict):
+        return {key: _whole(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def seconds_of(cell: Cell, out: Path) -> float | None:
