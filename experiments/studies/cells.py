@@ -117,7 +117,16 @@ def _resolved(configs: tuple[str, ...], data_keys: str) -> tuple[str, str, dict[
     parsed = yaml.safe_load(line.text)
     parsed["trainer"] = {k: v for k, v in parsed["trainer"].items() if k not in UNIMPORTANT}
     versions = {path: int(getattr(resolve_name(path), "version", 1)) for path in _class_paths(parsed)}
-    return yaml.safe_dump(parsed), source.train_set.digest(), versions
+    return yaml.safe_dump(whole(parsed)), source.train_set.digest(), versions
+
+
+def whole(value: Value) -> Value:
+    """2.0 as 2: which of the two a parser makes of a number depends on what its process has imported."""
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [whole(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _class_paths(value: Any) -> Iterator[str]:

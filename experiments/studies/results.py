@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from classifiers.weights import write_atomically
-from experiments.studies.cells import UNIMPORTANT, Cell, command_of
+from experiments.studies.cells import UNIMPORTANT, Cell, command_of, whole
 from experiments.studies.spec import Study, Value
 
 _LAST = ("accepted", "config_hash", "data_hash", "poison_hash", "weights_hash", "code_hash", "threads", "seconds")
@@ -70,16 +70,7 @@ def _config_hash(path: Path) -> str:
     """Of what determines a run: where it is kept and how it is logged do not."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in UNIMPORTANT}
-    return hashlib.sha256(json.dumps(_whole(config), sort_keys=True).encode()).hexdigest()
-
-
-def _whole(value: Value) -> Value:
-    """2.0 as 2: which of the two a parser makes of a number depends on what its process has imported."""
-    if isinstance(value, dict):
-        return {key: _whole(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_whole(part) for part in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return hashlib.sha256(json.dumps(whole(config), sort_keys=True).encode()).hexdigest()
 
 
 def seconds_of(cell: Cell, out: Path) -> float | None:
