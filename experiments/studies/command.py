@@ -196,7 +196,7 @@ def _keep_spec(spec: Study, out: Path) -> None:
 
     from classifiers.weights import write_atomically
 
-    content = rundir._plain(asdict(spec))
+    content = rundir.plain(asdict(spec))
     write_atomically(out / "study.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
