@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from classifiers.backbones.backbone import features_of
+from classifiers.backbones.backbone import features_of, last_layer
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
@@ -75,6 +75,9 @@ class ImageClassifier(LightningModule):
         weights: A weights file or checkpoint to start from; its classes, shape and names must fit.
         channels_last: Whether convolutions work in that memory layout, which is faster on most devices.
         compile: Whether the backbone is compiled.
+        new_head: Whether the last layer starts anew, `weights` giving all the others: transfer learning, to classes of
+            any number.
+        frozen: Whether all but the last layer stays as it is, in evaluation mode (BatchNorm's statistics too).
 
     Raises:
         InputError: If a value is out of its range, or the weights do not fit.
@@ -100,6 +103,8 @@ class ImageClassifier(LightningModule):
         weights: str | None = None,
         channels_last: bool = True,
         compile: bool = False,
+        new_head: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -125,8 +130,14 @@ class ImageClassifier(LightningModule):
         self.register_buffer("scale", scale[None, :, None, None], persistent=False)
         self.register_buffer("byte_scale", scale[None, :, None, None] / 255, persistent=False)
         self.register_buffer("shift", shift[None, :, None, None], persistent=False)
+        self.frozen = frozen
+        if new_head and weights is None:
+            raise bad("new_head", new_head, "without weights every layer starts anew; give the extractor's weights")
         if weights is not None:
-            self.load(weights)
+            self.load(weights, new_head)
+        if frozen:
+            self.net.requires_grad_(False)
+            last_layer(self.net).requires_grad_(True)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
         if compile:
@@ -157,6 +168,13 @@ class ImageClassifier(LightningModule):
         return features_of(self.net, self.normalise(images))
 
     # --- training ----------------------------------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> ImageClassifier:
+        """Training or evaluation mode; what is frozen is always in the latter."""
+        super().train(mode)
+        if self.frozen:
+            self.net.eval()
+        return self
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy with hard labels int64 (N,) or soft ones (N, K)."""
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -326,14 +344,22 @@ class ImageClassifier(LightningModule):
         return datamodule
 
     # --- weights -----------------------------------------------------------------------------------------------------
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, new_head: bool = False) -> None:
         """Start from a weights file or a checkpoint.
+
+        Args:
+            path: The file.
+            new_head: Whether the last layer keeps the values it has, whatever the file's is like.
 
         Raises:
             InputError: If it cannot be read, or a parameter is missing, left over or of another shape.
         """
         tensors, architecture = load_weights(path)
         own = self.net.state_dict()
+        if new_head:
+            head = {id(tensor) for tensor in last_layer(self.net).parameters()}
+            kept = {name: value for name, value in self.net.named_parameters() if id(value) in head}
+            tensors = {**tensors, **{name: value.detach() for name, value in kept.items()}}
         wrong = [
             f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
             for name in own

@@ -38,6 +38,8 @@ class Victim(ImageClassifier):
         weights: See `ImageClassifier`.
         channels_last: See `ImageClassifier`.
         compile: See `ImageClassifier`.
+        new_head: See `ImageClassifier`.
+        frozen: See `ImageClassifier`.
 
     Raises:
         InputError: If a* is outside (0, 1], or weights do not fit.
@@ -61,10 +63,12 @@ class Victim(ImageClassifier):
         weights: str | None = None,
         channels_last: bool = True,
         compile: bool = False,
+        new_head: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__(
             backbone, num_classes, image_shape, mean, std, optimizer, schedule, label_smoothing, ema, weights,
-            channels_last, compile,
+            channels_last, compile, new_head, frozen,
         )  # fmt: skip
         if acceptance is not None and not 0 < acceptance <= 1:
             raise bad("acceptance", acceptance, "a*, the accuracy on the holdout, must be in (0, 1]")

@@ -18,9 +18,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 from torchmetrics.regression import KLDivergence
 from torchvision.transforms.v2.functional import normalize
 
-from classifiers.backbones import MLP, SmallCNN
+from classifiers.backbones import MLP, ResNet9, SmallCNN
 from classifiers.backbones.backbone import last_layer
 from classifiers.classifier import ImageClassifier
+from datamodules.errors import InputError
 from datamodules.imageset import PADDING, Batch, ImageSet, Overlay
 from datamodules.loading import EvaluationBatches
 from datamodules.measures import Evaluation, Measure, Numbered, wilson
@@ -464,3 +465,34 @@ def test_measures_of_one_name_are_refused() -> None:
     data = Measures(base, [Measure("clean_accuracy", base.test_set.labels)])
     with refused("clean_accuracy", "twice", "name"):
         tiny_trainer().test(mlp(data), data, verbose=False)
+
+
+# --- transfer ---------------------------------------------------------------------------------------------------------
+def test_a_new_head_on_frozen_features(tmp_path: Path) -> None:
+    def make(classes: int, **options: Any) -> ImageClassifier:
+        backbone = partial(ResNet9, width=2)
+        return ImageClassifier(backbone, classes, (3, 32, 32), (0.5,) * 3, (0.25,) * 3, **options)
+
+    extractor = make(8)
+    path = tmp_path / "extractor.safetensors"
+    extractor.save(path)
+    with pytest.raises(InputError, match=r"head\.weight has shape"):
+        make(2, weights=str(path))
+    torch.manual_seed(3)
+    model = make(2, weights=str(path), new_head=True, frozen=True)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert torch.equal(model.eval().features(images), extractor.eval().features(images))
+    model.train()
+    assert model.training
+    assert not model.net.training  # BatchNorm's statistics stay too
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.loss(model(images), torch.tensor([0, 1] * 3)).backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"net.head.weight", "net.head.bias"}
+
+
+def test_a_new_head_needs_weights_for_the_rest() -> None:
+    with pytest.raises(InputError, match="new_head = True: without weights every layer starts anew"):
+        ImageClassifier(partial(ResNet9, width=2), 2, (3, 32, 32), (0.5,) * 3, (0.25,) * 3, new_head=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules import imageset
 from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint, put_rows
 from datamodules.store import load_tensors
 from tests.helpers import refused, some_images
@@ -157,8 +158,28 @@ def test_a_rewriter_gets_the_ids_of_its_own_set_and_the_extras_of_its_rows(base:
     changed = torch.tensor([True, False, True])
     rows = torch.tensor([5, 6, 7])
     Overlay(base, rows, ids=torch.tensor([90, 91, 92]), changed=changed, rewriter=look, key="").__getitems__([2, 1, 0])
-    assert seen[0][0] == [92, 90]
-    assert torch.equal(seen[0][1], base.extras["boxes"][[7, 5]])
+    assert seen[0][0] == [90, 92]
+    assert torch.equal(seen[0][1], base.extras["boxes"][[5, 7]])
+
+
+@pytest.mark.parametrize("kept", [0, 2**28])
+def test_rewritten_images_are_the_same_whether_they_are_kept_or_made_anew(
+    base: ImageSet, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imageset, "KEPT", kept)
+    calls: list[int] = []
+
+    def counted(images: Tensor, ids: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        calls.append(len(ids))
+        return brighten_by_id(images, ids, extras)
+
+    changed = torch.arange(12) % 3 == 0
+    overlay = Overlay(base, torch.arange(11, -1, -1), changed=changed, rewriter=counted, key="")
+    expected = base.images.flip(0)
+    expected[changed] += (base.ids.flip(0)[changed] % 7).to(torch.uint8)[:, None, None, None]
+    for rows in ([0, 1, 2, 3], [9, 9, 4], [1, 2], list(range(12))):
+        assert torch.equal(overlay.__getitems__(rows).images, expected[rows])
+    assert calls == ([4] if kept else [2, 2, 4])
 
 
 def test_a_rewriter_is_not_called_where_nothing_changed(base: ImageSet) -> None:
@@ -166,7 +187,6 @@ def test_a_rewriter_is_not_called_where_nothing_changed(base: ImageSet) -> None:
         raise AssertionError("called for unchanged rows")
 
     changed = torch.zeros(12, dtype=torch.bool)
-    changed[0] = True
     Overlay(base, torch.arange(12), changed=changed, rewriter=never, key="").__getitems__([1, 2, 3])
 
 
@@ -239,7 +259,7 @@ def test_a_rewriter_that_changes_shape_or_type_is_an_error(base: ImageSet) -> No
         torch.zeros(12, 3, 4, 5, dtype=torch.int8),
         torch.zeros(12, 3, 4, 5),
     ):
-        with pytest.raises(ValueError, match="for 12 rows of"):
+        with pytest.raises(ValueError, match=r"for images torch\.uint8 \(12, 3, 4, 5\)"):
             whole(wrong(result))
 
 
