@@ -25,7 +25,7 @@ UNLABELLED = -1
 """The label of a sample that has none."""
 
 KEPT = 2**28
-"""Bytes of rewritten images that an overlay keeps once they were made; above that it makes them anew at each fetch."""
+"""Bytes up to which a rewritten overlay keeps all its images once they were made; above, each fetch makes its own."""
 
 
 class Batch(NamedTuple):
@@ -167,7 +167,8 @@ class ImageSet(Dataset[Batch]):
 class Overlay(ImageSet):
     """Rows of another set, perhaps relabelled and renamed; where `changed`, seen through a pure function.
 
-    The rewritten images are made at the first fetch and kept, if they fit in `KEPT` bytes; the base is never copied.
+    Where all its images fit in `KEPT` bytes they are made at the first fetch and kept, and a fetch is one look-up as in
+    a plain set; a larger base – a memory map – is never copied.
 
     Args:
         base: The set that holds the pixels.
@@ -186,7 +187,7 @@ class Overlay(ImageSet):
     rows: Tensor
     changed: Tensor | None
     rewriter: Rewriter | None
-    _kept: tuple[Tensor, Tensor] | None = None  # rewritten images; where each row has its own among them, or -1
+    _kept: Tensor | None = None  # every image; none where they are too many
 
     def __init__(
         self,
@@ -220,41 +221,35 @@ class Overlay(ImageSet):
 
     def images_at(self, rows: Tensor) -> Tensor:
         """The images of some rows, rewritten where they are to be."""
-        images = self.base.images_at(self.rows.index_select(0, rows))
-        if self.rewriter is None or self.changed is None:
-            return images
+        if self.rewriter is None:
+            return self.base.images_at(self.rows.index_select(0, rows))
         if self._kept is None:
-            self._kept = self._keep(self.changed)
-        new, slots = self._kept
-        if not len(new):  # too many to keep, or none at all
-            hits = self.changed.index_select(0, rows).nonzero().squeeze(1)
-            return put_rows(images, hits, self._rewritten(rows.index_select(0, hits))) if len(hits) else images
-        slot = slots.index_select(0, rows)
-        hits = (slot >= 0).nonzero().squeeze(1)
-        return put_rows(images, hits, new.index_select(0, slot.index_select(0, hits))) if len(hits) else images
+            self._kept = self._keep()
+        return self._kept.index_select(0, rows) if len(self._kept) else self._make(rows)
 
-    def _keep(self, changed: Tensor) -> tuple[Tensor, Tensor]:
-        """Every rewritten image, and which of them each row shows; no image where they are too many."""
-        rows = changed.nonzero().squeeze(1)
+    def _keep(self) -> Tensor:
         each = math.prod(self.image_shape)
-        if not len(rows) or len(rows) * each > KEPT:
-            return torch.empty(0), torch.empty(0)
-        slots = torch.full_like(self.rows, -1)
-        slots[rows] = torch.arange(len(rows), device=rows.device)
-        return torch.cat([self._rewritten(part) for part in rows.split(max(1, 2**24 // each))]), slots
+        if not len(self) or len(self) * each > KEPT:
+            return self.rows[:0]
+        parts = torch.arange(len(self), device=self.rows.device).split(max(1, 2**24 // each))
+        return torch.cat([self._make(part) for part in parts])
 
-    def _rewritten(self, rows: Tensor) -> Tensor:
-        """The images of changed rows.
+    def _make(self, rows: Tensor) -> Tensor:
+        """As `images_at`, and nothing is kept, here or in the bases.
 
         Raises:
-            ValueError: If the rewriter changes their type or shape.
+            ValueError: If the rewriter changes the images' type or shape.
         """
-        assert self.rewriter is not None
-        images = self.base.images_at(self.rows.index_select(0, rows))
-        new = self.rewriter(images, self.ids.index_select(0, rows), self.extras_at(rows))
-        if new.dtype != images.dtype or new.shape != images.shape:
-            raise ValueError(f"{new.dtype} {tuple(new.shape)} for images {images.dtype} {tuple(images.shape)}")
-        return new
+        at = self.rows.index_select(0, rows)
+        images = self.base._make(at) if isinstance(self.base, Overlay) else self.base.images_at(at)
+        if self.rewriter is None or self.changed is None:
+            return images
+        hits = self.changed.index_select(0, rows).nonzero().squeeze(1)
+        if not len(hits):
+            return images
+        at = rows.index_select(0, hits)
+        new = self.rewriter(images.index_select(0, hits), self.ids.index_select(0, at), self.extras_at(at))
+        return put_rows(images, hits, new)
 
     def extras_at(self, rows: Tensor) -> dict[str, Tensor]:
         """The extras of some rows."""

@@ -255,9 +255,10 @@ def main() -> int:
     console.print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {repeats} repeats")
     with console.status("batches: poisoned, flipped, cropped, float32"):
         per_sample = PerSample(attack)
-        ours, theirs = our_batches(attack, model, 40), their_batches(per_sample, 2)
+        epoch = len(attack.train_dataloader())
+        ours, theirs = our_batches(attack, model, epoch), their_batches(per_sample, 2)
         ours()
-        pairs = [(timed(ours) / 40, timed(theirs) / 2) for _ in range(repeats)]
+        pairs = [(timed(ours) / epoch, timed(theirs) / 2) for _ in range(repeats)]
         rows.append(_row("poisoned + augmented batches (per image)", pairs, BATCH, 50))
         del per_sample
     with console.status("stamping 5,000 images"):

@@ -179,7 +179,7 @@ def test_rewritten_images_are_the_same_whether_they_are_kept_or_made_anew(
     expected[changed] += (base.ids.flip(0)[changed] % 7).to(torch.uint8)[:, None, None, None]
     for rows in ([0, 1, 2, 3], [9, 9, 4], [1, 2], list(range(12))):
         assert torch.equal(overlay.__getitems__(rows).images, expected[rows])
-    assert calls == ([4] if kept else [2, 2, 4])
+    assert calls == ([4] if kept else [2, 2, 4])  # rows 0, 3; two of row 9; 0, 3, 6, 9
 
 
 def test_a_rewriter_is_not_called_where_nothing_changed(base: ImageSet) -> None:
@@ -259,7 +259,7 @@ def test_a_rewriter_that_changes_shape_or_type_is_an_error(base: ImageSet) -> No
         torch.zeros(12, 3, 4, 5, dtype=torch.int8),
         torch.zeros(12, 3, 4, 5),
     ):
-        with pytest.raises(ValueError, match=r"for images torch\.uint8 \(12, 3, 4, 5\)"):
+        with pytest.raises(ValueError, match="for 12 rows of"):
             whole(wrong(result))
 
 
