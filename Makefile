@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench pins wheel clean
+.PHONY: help setup demo test lint types unit format bench kills overhead pins wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -42,6 +42,12 @@ format: $(BIN)/.installed ## let ruff mend what it can
 
 bench: $(BIN)/.installed ## speed against plain torchvision and bare Lightning, in one run
 	$(BIN)/python -m tests.benchmarks
+
+kills: $(BIN)/.installed ## kill a small study ten times, and compare it with an undisturbed one (minutes)
+	$(BIN)/python -m tests.benchmarks.studies kills
+
+overhead: $(BIN)/.installed ## what the pool of processes costs on 100 small cells (minutes)
+	$(BIN)/python -m tests.benchmarks.studies overhead
 
 pins: $(BIN)/.installed ## resolve the newest versions into constraints.txt (names no host)
 	$(BIN)/uv pip compile --quiet --upgrade --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml

@@ -22,6 +22,9 @@ from datamodules.store import save_tensors
 
 FORMAT = "pharmakon-weights-1"
 
+WEIGHTS = "weights.safetensors"
+"""The name of what a run ends with, in its folder."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -103,11 +106,39 @@ def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder")
 
 
+def find_weights(path: str | Path) -> Path:
+    """The file that a path stands for.
+
+    Args:
+        path: A file; or the folder of a run, for its ``weights.safetensors``; or the folder of all runs of a config,
+            such as ``runs/extractor_mnist``, for that of the newest finished one.
+
+    Raises:
+        InputError: If there is none; it names the command that makes it.
+    """
+    if "://" in str(path):  # before it is a Path, which makes one slash of two
+        raise InputError(
+            f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it"
+        )
+    path = Path(path)
+    if path.is_file():
+        return path
+    for found in (path / WEIGHTS, *sorted(path.glob(f"*/{WEIGHTS}"), reverse=True)):  # runs are named by their time
+        if found.is_file():
+            return found
+    if path.suffix:
+        remedy = "there is no such file; train it first: lightning fit writes weights.safetensors into the run's folder"
+    else:
+        remedy = f"no such file, and no finished run in such a folder; make one: lightning fit --config {path.name}"
+    raise InputError(f"weights = {str(path)!r}: {remedy}")
+
+
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | None]:
     """Read the backbone's state from a weights file, or from a Lightning checkpoint of ours.
 
     Args:
-        path: A ``.safetensors`` file, or a checkpoint, which is read with ``weights_only``.
+        path: A ``.safetensors`` file, a checkpoint, which is read with ``weights_only``, or what else `find_weights`
+            takes.
 
     Returns:
         The tensors by name, and the architecture where the file carries it.
@@ -115,16 +146,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Architecture | No
     Raises:
         InputError: If the file is missing, truncated, altered, from elsewhere, or holds anything but tensors.
     """
-    if "://" in str(path):  # before it is a Path, which makes one slash of two
-        raise InputError(
-            f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it"
-        )
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"weights = {str(path)!r}: there is no such file; train it first: "
-            "lightning fit writes weights.safetensors into the run's folder"
-        )
+    path = find_weights(path)
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     return _load_checkpoint(path), None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from classifiers.backbones.backbone import Backbone, conv3x3
+from classifiers.backbones.backbone import Backbone, check_positive, conv3x3
 from datamodules.errors import bad
 
 
@@ -24,13 +24,15 @@ class BadNetsCNN(Backbone):
     Args:
         image_shape: (C, H, W), H and W at least 16.
         num_classes: The number of logits.
+        hidden: The hidden units, which are the features; 512 are the paper's.
 
     Raises:
-        InputError: If the images are smaller than 16×16.
+        InputError: If the images are smaller than 16×16 or `hidden` is below 1.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, hidden: int = 512) -> None:
         super().__init__(image_shape, num_classes, smallest=16)
+        check_positive(hidden=hidden)
         channels, height, width = self.image_shape
         area = _twice_pooled(height) * _twice_pooled(width)
         self.body = nn.Sequential(
@@ -41,13 +43,13 @@ class BadNetsCNN(Backbone):
             nn.ReLU(),
             nn.AvgPool2d(2),
             nn.Flatten(),
-            nn.Linear(32 * area, 512),
+            nn.Linear(32 * area, hidden),
             nn.ReLU(),
         )
-        self.head = nn.Linear(512, num_classes)
+        self.head = nn.Linear(hidden, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """The 512 hidden units, after ReLU: (N, C, H, W) → (N, 512)."""
+        """The hidden units, after ReLU: (N, C, H, W) → (N, hidden)."""
         features: Tensor = self.body(x)
         return features
 

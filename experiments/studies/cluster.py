@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ class Job:
 
     def __call__(self, cell: Cell, out: Path, threads: int, show: bool) -> str | None:
         """Run the cell; its error, or None."""
-        return execute(cell, out, threads, show)
+        import submitit
+
+        return execute(cell, out, threads, show, f"-{submitit.JobEnvironment().job_id}")
 
     def checkpoint(self, cell: Cell, out: Path, threads: int, show: bool) -> Any:
         """What submitit is to queue when the job is about to be stopped."""
@@ -26,12 +28,15 @@ class Job:
         return submitit.helpers.DelayedSubmission(self, cell, out, threads, show)
 
 
-def submit(executor: Mapping[str, Value], cells: Sequence[Cell], out: Path, threads: int) -> list[Any]:
+def submit(
+    executor: Mapping[str, Value], cells: Sequence[Cell], shown: Collection[str], out: Path, threads: int
+) -> list[Any]:
     """Queue cells as one job array.
 
     Args:
         executor: ``kind``, and what else submitit's `update_parameters` takes.
         cells: To run.
+        shown: The identities of those that draw their pictures.
         out: The study's folder, on a file system that the nodes share.
         threads: Of torch.
 
@@ -52,5 +57,5 @@ def submit(executor: Mapping[str, Value], cells: Sequence[Cell], out: Path, thre
     except (NameError, TypeError, RuntimeError) as error:
         raise InputError(f"executor: {' '.join(str(error).split())}") from error
     with queue.batch():
-        jobs = [queue.submit(Job(), cell, out.absolute(), threads, number == 0) for number, cell in enumerate(cells)]
+        jobs = [queue.submit(Job(), cell, out.absolute(), threads, cell.identity in shown) for cell in cells]
     return jobs

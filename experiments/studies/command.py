@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,16 @@ from datamodules.errors import InputError, bad, did_you_mean
 from experiments import rundir
 from experiments.arguments import value_of
 from experiments.studies.cells import Cell, command_of, plan
+from experiments.studies.pool import run_in_pool, start_imports
 from experiments.studies.results import rows_of, write_results
 from experiments.studies.spec import Study, default_out, find_study, read_study
 from experiments.studies.work import execute, fail
+
+OPTIONS = (
+    "--config", "--size", "--out", "--workers", "--only", "--dry-run", "--retry-failed", "--sweep", "--no-report",
+    "--wandb",
+)  # fmt: skip
+"""Of the command."""
 
 
 @dataclass
@@ -41,6 +48,7 @@ class Options:
     retry_failed: bool = False
     sweep: Path | None = None
     report: bool = True
+    wandb: bool = False
 
 
 def study(args: list[str]) -> int:
@@ -48,10 +56,10 @@ def study(args: list[str]) -> int:
 
     Args:
         args: ``study --config NAME [--size quick|paper] [--out DIR] [--workers N] [--only KEY=VALUE|STAGE] [--dry-run]
-            [--retry-failed] [--sweep FILE] [--no-report]``.
+            [--retry-failed] [--sweep FILE] [--no-report] [--wandb]``.
 
     Returns:
-        0 if all cells are finished, 1 if some failed.
+        0 if no cell failed – those whose data are not there are not run, and that is said –, 1 if some did.
 
     Raises:
         InputError: If the study is wrong, or another one is running in its folder.
@@ -64,35 +72,47 @@ def study(args: list[str]) -> int:
     workers = options.workers or spec.workers
     threads = max(1, (os.cpu_count() or 1) // workers)
     out = options.out or default_out(spec)
+    local = spec.executor["kind"] == "local"
+    if local and workers > 1 and not options.dry_run and not (out / "results.csv").exists():
+        start_imports()
     cells = plan(spec, threads)
-    chosen = [cell for cell in cells if _matches(cell, options.only)]
-    if options.only and not chosen:
-        raise bad("only", " ".join(options.only), "no cell matches; lightning study … --dry-run shows them all")
+    chosen = _chosen(cells, options.only)
     if options.dry_run:
         _show_plan(spec, chosen, out)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
-        _keep_spec(spec, out)
+    with _alone(out, local):
+        _keep_spec(spec, cells, out)
         if options.retry_failed:
             for record in (out / "failed").glob("*.json"):
                 record.unlink()
         try:
-            _run(spec, chosen, out, workers, threads)
+            _run(spec, [cell for cell in chosen if not cell.absent], out, workers, threads)
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+            there = sum((out / "cells" / cell.folder / "cell.json").is_file() for cell in chosen)
+            print(f"interrupted: {there} of {len(chosen)} cells are finished; the same command goes on from there")
+            raise
         finally:
             rows = rows_of(spec, cells, out)
             write_results(rows, out)
     failed = sum(row["status"] == "failed" for row in rows)
     finished = sum(row["status"] == "finished" for row in rows)
     codes = {row["code_hash"] for row in rows if row.get("code_hash")}
+    _say_absent(chosen)
     print(f"{finished} rows finished, {failed} failed: {out / 'results.csv'}")
     if len(codes) > 1:
         print(f"note: they were made with {len(codes)} versions of the code; column code_hash tells which")
-    if options.report and finished:
+    if options.report:
         from experiments.report import report
 
-        report(["report", str(out)])
+        report(["report", str(out), *(["--wandb"] if options.wandb or spec.wandb else [])])
     return 1 if failed else 0
+
+
+def _say_absent(cells: Sequence[Cell]) -> None:
+    """One line for each reason why cells cannot run here."""
+    for reason, n in Counter(cell.absent for cell in cells if cell.absent).items():
+        print(f"not run: {n} of {len(cells)} cells: {reason}")
 
 
 def _options(args: list[str]) -> Options:
@@ -117,16 +137,29 @@ def _options(args: list[str]) -> Options:
             found["workers"] = int(text)
         elif key == "--only":
             found["only"].append(needed())
-        elif key in ("--dry-run", "--retry-failed"):
+        elif key in ("--dry-run", "--retry-failed", "--wandb"):
             found[key[2:].replace("-", "_")] = True
         elif key == "--no-report":
             found["report"] = False
         else:
-            known = ("--config", "--size", "--out", "--workers", "--only", "--dry-run", "--retry-failed", "--sweep")
-            raise InputError(f"{key}: there is no such option{did_you_mean(key, known)}")
+            raise InputError(f"{key}: there is no such option{did_you_mean(key, OPTIONS)}")
     if "config" not in found:
         raise InputError("config: name a study: lightning study --config badnets_fraction --size quick")
-    return Options(**found)
+    options = Options(**found)
+    if options.wandb and not options.report:
+        raise InputError("--wandb: it is the report that goes to W&B; leave --no-report out")
+    return options
+
+
+def _chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that match, and those whose weights they need, in order."""
+    wanted = {cell.identity for cell in cells if _matches(cell, only)}
+    if not wanted:
+        raise bad("only", " ".join(only), "no cell matches; lightning study … --dry-run shows them all")
+    for cell in reversed(cells):
+        if cell.identity in wanted:
+            wanted.update(cell.needs.values())
+    return [cell for cell in cells if cell.identity in wanted]
 
 
 def _matches(cell: Cell, only: Sequence[str]) -> bool:
@@ -154,20 +187,21 @@ def _show_plan(spec: Study, cells: Sequence[Cell], out: Path) -> None:
         if seconds is not None:
             times.setdefault(cell.stage.name, []).append(seconds)
         failed = (out / "failed" / f"{cell.folder}.json").is_file()
-        state = "finished" if seconds is not None else "failed" if failed else "to do"
+        state = "finished" if seconds is not None else "failed" if failed else "not run" if cell.absent else "to do"
         point = _short(cell.point)
         shown = "" if seconds is None else f"{seconds:.1f}"
         table.add_row(cell.stage.name, cell.folder, str(cell.seed), point, state, shown)
     console = Console()
     console.print(table)
-    open_cells = [cell for cell in cells if seconds_of(cell, out) is None]
+    _say_absent(cells)
+    open_cells = [cell for cell in cells if seconds_of(cell, out) is None and not cell.absent]
     known = [sum(times[c.stage.name]) / len(times[c.stage.name]) for c in open_cells if c.stage.name in times]
     if open_cells and len(known) == len(open_cells):
         console.print(f"to do: {len(open_cells)} cells, about {sum(known) / 60:.1f} minutes in one process")
     elif open_cells:
         console.print(f"to do: {len(open_cells)} cells; how long one takes is known once one has run")
     for cell in open_cells[:1]:
-        console.print(f"the first is: {command_of(cell, out)}", soft_wrap=True, highlight=False)
+        console.print(f"the first is: {command_of(spec, cell, out)}", soft_wrap=True, highlight=False)
 
 
 def _short(point: Mapping[str, Any]) -> str:
@@ -176,8 +210,8 @@ def _short(point: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the study's folder; the lock of a killed one is free."""
+def _alone(out: Path, local: bool) -> Iterator[None]:
+    """Hold the study's folder; the lock of a killed one is free. Jobs of a cluster may be at work still."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,18 +219,27 @@ def _alone(out: Path) -> Iterator[None]:
             raise bad(
                 "out", str(out), "another study is running there; wait for it, or choose another folder"
             ) from error
-        for left in (out / "work").glob("*"):  # by a study that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        yield
+        if local:
+            shutil.rmtree(out / "work", ignore_errors=True)  # what a study left that was killed
+        try:
+            yield
+        finally:
+            if local:
+                shutil.rmtree(out / "work", ignore_errors=True)
 
 
-def _keep_spec(spec: Study, out: Path) -> None:
-    """Write study.yaml: what the report goes by."""
+def _keep_spec(spec: Study, cells: Sequence[Cell], out: Path) -> None:
+    """Write study.yaml: what the report goes by. Its grids have the keys that stages got from their inputs too."""
     from dataclasses import asdict
 
     from classifiers.weights import write_atomically
 
     content = rundir.plain(asdict(spec))
+    for stage in content["stages"]:
+        points = [rundir.plain(cell.point) for cell in cells if cell.stage.name == stage["name"]]
+        for key in dict.fromkeys(key for point in points for key in point if key not in stage["grid"]):
+            values = [point[key] for point in points if key in point]
+            stage["grid"][key] = [value for number, value in enumerate(values) if value not in values[:number]]
     write_atomically(out / "study.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
@@ -204,26 +247,26 @@ def _keep_spec(spec: Study, out: Path) -> None:
 def _run(spec: Study, cells: Sequence[Cell], out: Path, workers: int, threads: int) -> None:
     """Run what is not finished, stage by stage; a failure is recorded, and the others go on."""
     board = Board(spec, cells, out)
-    kind = spec.executor["kind"]
-    with Live(board.table(), refresh_per_second=2, transient=False) as live:
-
-        def show() -> None:
-            live.update(board.table())
-
+    if "waiting" not in board.state.values():
+        print("nothing to run: each cell is finished or failed before; --retry-failed runs failed ones again")
+        return
+    shown = set({cell.stage.name: cell.identity for cell in reversed(cells)}.values())  # the first of each stage
+    console = Console(file=sys.stdout)  # of now: what cells print is swallowed
+    with Live(get_renderable=board.table, console=console, refresh_per_second=2):
         for stage in spec.stages:
             todo = [cell for cell in cells if cell.stage is stage and board.state[cell.folder] == "waiting"]
             todo = list({cell.folder: cell for cell in todo}.values())
             ready = [cell for cell in todo if _inputs_are_there(cell, out, board)]
-            if kind != "local":
-                _on_cluster(spec, ready, out, threads, board, show)
+            if spec.executor["kind"] != "local":
+                _on_cluster(spec, ready, shown, out, threads, board)
             elif workers == 1:
-                for number, cell in enumerate(ready):
+                for cell in ready:
                     board.begin(cell)
-                    show()
-                    board.end(cell, execute(cell, out, threads, show=number == 0))
-                    show()
-            else:
-                _in_pool(ready, out, workers, threads, board, show)
+                    board.end(cell, execute(cell, out, threads, cell.identity in shown))
+            elif ready:
+                run_in_pool(ready, shown, out, workers, threads, board.begin, board.end)
+    if not console.is_terminal:
+        console.print()  # which does not end the table's last line
 
 
 def _inputs_are_there(cell: Cell, out: Path, board: Board) -> bool:
@@ -235,86 +278,11 @@ def _inputs_are_there(cell: Cell, out: Path, board: Board) -> bool:
     return not missing
 
 
-def _in_pool(
-    cells: Sequence[Cell], out: Path, workers: int, threads: int, board: Board, show: Callable[[], None]
-) -> None:
-    """Processes that each import once and take one cell after the other; one that dies fails its cell alone."""
-    context = multiprocessing.get_context("spawn")
-    queue = list(enumerate(cells))
-    busy: dict[Any, tuple[Any, Cell | None]] = {}
-
-    def hire(number: int) -> None:
-        mine, theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs, out, threads, number), daemon=True)
-        process.start()
-        theirs.close()
-        busy[mine] = (process, None)
-        give(mine)
-
-    def give(pipe: Any) -> None:
-        process, _ = busy[pipe]
-        if queue:
-            number, cell = queue.pop(0)
-            busy[pipe] = (process, cell)
-            board.begin(cell)
-            pipe.send((cell, number == 0))
-        else:
-            pipe.send(None)
-            pipe.close()
-            process.join()
-            del busy[pipe]
-
-    for number in range(min(workers, len(cells))):
-        hire(number)
-    try:
-        while busy:
-            pipe: Any
-            for pipe in wait(list(busy), timeout=1.0):
-                process, cell = busy[pipe]
-                assert cell is not None
-                try:
-                    error = pipe.recv()
-                except EOFError:
-                    process.join()
-                    error = f"its process died (exit code {process.exitcode}): out of memory?"
-                    (out / "failed").mkdir(exist_ok=True)
-                    rundir.write_json(
-                        out / "failed" / f"{cell.folder}.json", {"identity": cell.identity, "error": error}
-                    )
-                    board.end(cell, error)
-                    del busy[pipe]
-                    if queue:
-                        hire(len(busy))
-                    continue
-                board.end(cell, error)
-                give(pipe)
-            show()
-    finally:
-        for process, _ in busy.values():
-            process.terminate()
-
-
-def _worker(pipe: Any, out: Path, threads: int, number: int) -> None:
-    """Take cells until there are none; each worker has a device of its own where there are several."""
-    import torch
-
-    if torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    while (task := pipe.recv()) is not None:
-        cell, show = task
-        pipe.send(execute(cell, out, threads, show))
-
-
-def _on_cluster(
-    spec: Study, cells: Sequence[Cell], out: Path, threads: int, board: Board, show: Callable[[], None]
-) -> None:
+def _on_cluster(spec: Study, cells: Sequence[Cell], shown: set[str], out: Path, threads: int, board: Board) -> None:
     """One job array through submitit; a job that is preempted is queued again."""
     from experiments.studies.cluster import submit
 
-    jobs = submit(spec.executor, cells, out, threads)
+    jobs = submit(spec.executor, cells, shown, out, threads)
     for cell in cells:
         board.begin(cell)
     waiting = dict(zip(jobs, cells, strict=True))
@@ -326,7 +294,6 @@ def _on_cluster(
             if died is not None:
                 fail(cell, out, str(error))
             board.end(cell, error)
-        show()
         time.sleep(0.2 if spec.executor["kind"] == "submitit_debug" else 1.0)
 
 

@@ -15,6 +15,8 @@ from classifiers.weights import write_atomically
 from experiments.studies.cells import UNIMPORTANT, Cell, command_of, whole
 from experiments.studies.spec import Study, Value
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster: a study has hundreds of configs
+
 _LAST = ("accepted", "config_hash", "data_hash", "poison_hash", "weights_hash", "code_hash", "threads", "seconds")
 
 
@@ -28,24 +30,35 @@ def rows_of(study: Study, cells: Sequence[Cell], out: Path) -> list[dict[str, Va
             "size": study.size,
             "stage": cell.stage.name,
             "cell": cell.folder,
-            "status": "missing",
-            "error": "",
+            "status": "not run" if cell.absent else "missing",
+            "error": cell.absent,
             "seed": cell.seed,
             **cell.point,
         }
-        about = {"command": command_of(cell, out)}
+        about = {"command": command_of(study, cell, out)}
         if (folder / "cell.json").is_file():
             row["status"] = "finished"
             record = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
             about |= {key: record[key] for key in ("code_hash", "threads", "seconds")}
             if cell.stage.function:
                 bulk = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["rows"]
-                found += [{**row, **each, **about} for each in bulk]
+                found += [{**row, **_spread(each), **about} for each in bulk]
                 continue
             row |= _measured(folder)
         elif (record_of := out / "failed" / f"{cell.folder}.json").is_file():
             row |= {"status": "failed", "error": json.loads(record_of.read_text(encoding="utf-8"))["error"]}
         found.append({**row, **about})
+    return found
+
+
+def _spread(row: Mapping[str, Value]) -> dict[str, Value]:
+    """A row of a function with its measures as those of a fit: each with ``.low``, ``.high`` and ``.n`` beside it."""
+    found: dict[str, Value] = {}
+    for name, each in row.items():
+        if isinstance(each, dict):
+            found |= {name: each.get("value"), **{f"{name}.{part}": each.get(part) for part in ("low", "high", "n")}}
+        else:
+            found[name] = each
     return found
 
 
@@ -68,7 +81,7 @@ def _measured(folder: Path) -> dict[str, Value]:
 
 def _config_hash(path: Path) -> str:
     """Of what determines a run: where it is kept and how it is logged do not."""
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = _LOADER(path.read_text(encoding="utf-8")).get_single_data()
     config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in UNIMPORTANT}
     return hashlib.sha256(json.dumps(whole(config), sort_keys=True).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ KINDS = ("local", "slurm", "submitit_local", "submitit_debug")
 """Of executors."""
 
 _STAGE = ("configs", "overrides", "grid", "exclude", "seeds", "seeded", "inputs", "function", "arguments")
-_STUDY = ("stages", "sizes", "figures", "tables", "workers", "executor")
+_STUDY = ("stages", "sizes", "figures", "tables", "workers", "executor", "wandb")
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,15 @@ class Stage:
         exclude: Points that are left out of the product, each by some of its keys.
         seeds: One cell for each seed at each point.
         seeded: The keys that get the seed.
-        inputs: Key → the earlier stage whose weights it gets: those of the cell with the same seed and grid values.
-        function: The dotted path of a function for bulk trials, in the place of `configs`: it is called with its cell's
-            folder, `seed`, `arguments` and grid values, and returns rows (name → value).
-        arguments: Of that function.
+        inputs: Key → the earlier stage whose weights it gets: the path of weights.safetensors in the folder of the cell
+            with the same seed and grid values. Where the earlier grid has keys that this one has not, there is a cell
+            for each of their values; results have them as columns, the config does not get them.
+        function: The dotted path of a function for bulk trials, in the place of `configs`. It is called with its cell's
+            folder and the keywords `seed`, `arguments`, grid values and inputs – a dot in a key becomes an underscore –
+            and returns rows: name → value, or → a mapping of value, n, low and high. Of what it leaves in the folder,
+            the report shows ``*.png``, and weights.safetensors can be the input of a later stage.
+        arguments: Of that function. If they have `configs`, and perhaps `overrides`, what these come to and their data
+            are part of its cells' identities.
     """
 
     name: str
@@ -66,6 +71,8 @@ class Study:
         workers: Processes; each gets its share of the cores, or one device.
         executor: ``kind``: ``local``, ``slurm``, or submitit's own ``submitit_local`` and ``submitit_debug``; the rest
             goes to submitit (``slurm_partition``, ``timeout_min``, …).
+        wandb: Whether the report goes to W&B when all is done: one run for the study, none for a cell.
+        config: What ``--config`` takes: the name of a shipped one, or the path.
     """
 
     name: str
@@ -76,6 +83,8 @@ class Study:
     tables: tuple[Mapping[str, Value], ...] = ()
     workers: int = 1
     executor: Mapping[str, Value] = field(default_factory=lambda: {"kind": "local"})
+    wandb: bool = False
+    config: str = ""
 
 
 def read_study(path: Path, size: str | None = None) -> Study:
@@ -114,6 +123,10 @@ def read_study(path: Path, size: str | None = None) -> Study:
     if executor.get("kind") not in KINDS:
         hint = did_you_mean(str(executor.get("kind")), KINDS)
         raise bad("executor.kind", executor.get("kind"), f"choose one of {', '.join(KINDS)}{hint}")
+    wandb = spec.get("wandb", False)
+    if not isinstance(wandb, bool):
+        raise bad("wandb", wandb, "true or false is expected")
+    _check_report(path.stem, spec)
     return Study(
         name=path.stem,
         size=size,
@@ -123,7 +136,17 @@ def read_study(path: Path, size: str | None = None) -> Study:
         tables=tuple(spec.get("tables") or ()),
         workers=workers,
         executor=executor,
+        wandb=wandb,
+        config=path.stem if path.resolve().parent == configs_folder().resolve() / "studies" else str(path),
     )
+
+
+def _check_report(name: str, spec: Mapping[str, Any]) -> None:
+    """See that the report will know what it is to show, before anything runs."""
+    from experiments.report.spec import parse
+
+    stages = {stage: part for stage, part in spec["stages"].items() if part is not None}
+    parse({"name": name, "stages": stages, "figures": spec.get("figures"), "tables": spec.get("tables")})
 
 
 def _stage(name: str, part: Any, earlier: set[str]) -> Stage:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from classifiers.backbones import MLP
 from datamodules.augment import FlipCrop
 from datamodules.classes import Classes
 from datamodules.datamodule import ImageDataModule, Source
@@ -29,9 +31,27 @@ from datamodules.sources.npz import Npz
 from datamodules.sources.svhn import SVHN
 from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
+from poisoning.adversarial_poison import AdversarialPoison
 from poisoning.badnets import BadNets
+from poisoning.bullseye_polytope import BullseyePolytope
+from poisoning.feature_collision import FeatureCollision
+from poisoning.gradient_matching import GradientMatching
+from poisoning.holdout import PoisonedHoldout
 from poisoning.label_flip import LabelFlip
+from poisoning.triggered import Triggered
+from poisoning.unlearnable import Unlearnable
 from tests.helpers import global_randomness_untouched, mlp, tiny_trainer
+
+
+def extractor() -> str:
+    """The weights of a small network for digits, in the folder of this process's cache."""
+    path = Path(os.environ["PHARMAKON_CACHE"], "extractor.safetensors")
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            mlp(Digits(), backbone=partial(MLP, hidden=[8])).save(path)
+    return str(path)
+
 
 SOURCES: dict[type, Callable[[str, int], ImageDataModule]] = {
     # (data folder as tests/fixtures_data.py writes it, split seed) → the source
@@ -52,15 +72,28 @@ SOURCES: dict[type, Callable[[str, int], ImageDataModule]] = {
         split_seed=seed,
     ),
     Npz: lambda folder, seed: Npz("images.npz", data_dir=folder, batch_size=16, val_fraction=0.25, split_seed=seed),
-    # a rewrite, but one that goes round a source alone
+    # rewrites, but with other holdouts or tests than their bases have
     Classes: lambda folder, seed: Classes(MNIST(folder, 16, val_fraction=0.25, split_seed=seed), [7, 0, 1, 2, 3, 5]),
+    PoisonedHoldout: lambda folder, seed: PoisonedHoldout(LabelFlip(Digits(split_seed=seed), 0.3), 0.1, seed),
 }
+
+LIKE_SOURCES = (Classes, PoisonedHoldout)
 
 REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     # (base, seed) → the rewrite of it; it is wrapped round Digits, and round other rewrites
     Rewrite: lambda base, seed: Rewrite(base),
     BadNets: lambda base, seed: BadNets(base, PixelPattern(), poison_fraction=0.1, seed=seed, name="outer"),
     LabelFlip: lambda base, seed: LabelFlip(base, 0.2, seed=seed),
+    FeatureCollision: lambda base, seed: FeatureCollision(base, extractor(), 3, 5, iterations=2, seed=seed),
+    BullseyePolytope: lambda base, seed: BullseyePolytope(base, extractor(), 3, 5, poisons=4, iterations=2, seed=seed),
+    GradientMatching: lambda base, seed: GradientMatching(base, extractor(), 3, 5, iterations=2, restarts=2, seed=seed),
+    Triggered: lambda base, seed: Triggered(base, PixelPattern(), name="outer"),
+    Unlearnable: lambda base, seed: Unlearnable(
+        base, partial(MLP, hidden=[8]), "class_wise", 16, 0.5, seed, noise_steps=1, step_size=6.0, stop_error=0.99
+    ),
+    AdversarialPoison: lambda base, seed: AdversarialPoison(
+        base, partial(MLP, hidden=[8]), 16, 0.5, seed, surrogate_epochs=1, iterations=2, step_size=6.0
+    ),
 }
 
 BASES: dict[str, Callable[[], ImageDataModule]] = {
@@ -99,7 +132,7 @@ CASES = [*SOURCES, *REWRITES]
 each = pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
 each_rewrite = pytest.mark.parametrize("kind", list(REWRITES), ids=lambda kind: kind.__name__)
 each_source = pytest.mark.parametrize(
-    "kind", [kind for kind in SOURCES if kind is not Classes], ids=lambda kind: kind.__name__
+    "kind", [kind for kind in SOURCES if kind not in LIKE_SOURCES], ids=lambda kind: kind.__name__
 )
 
 
@@ -136,7 +169,7 @@ def content(images: ImageSet) -> str:
 
 
 def innermost(data: ImageDataModule) -> ImageDataModule:
-    while isinstance(data, Rewrite) and not isinstance(data, Classes):  # which plays the source
+    while isinstance(data, Rewrite) and not isinstance(data, LIKE_SOURCES):
         data = data.base
     return data
 

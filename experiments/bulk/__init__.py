@@ -1,0 +1,1 @@
+"""Functions that are stages of studies: what trains, crafts or changes many things at once."""

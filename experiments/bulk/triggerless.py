@@ -1,0 +1,516 @@
+"""The stages of `triggerless`: three attacks without a trigger under one protocol, in transfer and from scratch.
+
+The protocol is that of Schwarzschild et al., "Just How Toxic is Data Poisoning?", ICML 2021, arXiv 2006.12557 (code:
+github.com/aks2203/poisoning-benchmark): targets and base classes at random, bases from the training set, poisons within
+ε in their place, success if the target gets the class of its bases.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+
+from classifiers.classifier import ImageClassifier
+from classifiers.last_layers import scores, train_last_layers
+from datamodules.augment import FlipCrop
+from datamodules.classes import Classes
+from datamodules.datamodule import ImageDataModule
+from datamodules.errors import InputError, bad
+from datamodules.imageset import ImageSet
+from datamodules.measures import wilson
+from datamodules.random import derive, generator
+from datamodules.rewrite import Rewrite
+from experiments.bulk.end_to_end import read_source
+from experiments.cli import CommandLine, start
+from experiments.pictures import source_of
+from poisoning.bullseye_polytope import centre
+from poisoning.extractor import features_in_parts, load_extractor
+from poisoning.feature_collision import collide
+from poisoning.gradient_matching import match
+from poisoning.targets import in_place
+
+ATTACKS = ("none", "feature_collision", "bullseye_polytope", "gradient_matching")
+"""``none`` leaves the bases as they are: how often a target gets the class without an attack."""
+
+
+# --- who is attacked -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Trials:
+    """T targets and their bases.
+
+    Attributes:
+        targets: int64 (T,): rows of the test set.
+        wanted: int64 (T,): the label that each is to get, which is not its own.
+        bases: int64 (T, P): rows of the training set, of that label.
+    """
+
+    targets: Tensor
+    wanted: Tensor
+    bases: Tensor
+
+
+def draw_trials(
+    train_labels: Tensor,
+    test_labels: Tensor,
+    num_classes: int,
+    trials: int,
+    poisons: int,
+    seed: int,
+    targets_per_victim: int = 1,
+) -> Trials:
+    """Targets without replacement, for each another class, and bases of that class.
+
+    Args:
+        train_labels: int64 (N,).
+        test_labels: int64 (M,).
+        num_classes: K.
+        trials: T.
+        poisons: P.
+        seed: Of all draws.
+        targets_per_victim: So many targets in a row have no base in common: one victim gets all their poisons.
+
+    Raises:
+        InputError: If there are fewer targets or bases than that.
+    """
+    for field, number in (("trials", trials), ("poisons", poisons), ("targets_per_victim", targets_per_victim)):
+        if number < 1:
+            raise bad(field, number, "it must be 1 or more")
+    private = generator(seed, "triggerless trials")
+    if trials > len(test_labels):
+        raise bad("trials", trials, f"there are {len(test_labels)} test images")
+    targets = torch.randperm(len(test_labels), generator=private)[:trials]
+    steps = torch.randint(1, num_classes, (trials,), generator=private)
+    wanted = (test_labels[targets] + steps) % num_classes
+    bases = torch.empty(trials, poisons, dtype=torch.int64)
+    free = torch.ones_like(train_labels, dtype=torch.bool)
+    for number, label in enumerate(wanted.tolist()):
+        if number % targets_per_victim == 0:
+            free.fill_(True)
+        rows = ((train_labels == label) & free).nonzero().squeeze(1)
+        if len(rows) < poisons:
+            raise bad(
+                "poisons", poisons, f"there are {len(rows)} training images of class {label} left to make them of"
+            )
+        bases[number] = rows[torch.randperm(len(rows), generator=private)[:poisons]]
+        free[bases[number]] = False
+    return Trials(targets, wanted, bases)
+
+
+# --- crafting --------------------------------------------------------------------------------------------------------
+def craft(
+    attack: str,
+    extractor: ImageClassifier,
+    network: nn.Module,
+    targets: Tensor,
+    wanted: Tensor,
+    bases: Tensor,
+    ids: Tensor,
+    epsilon: int,
+    seed: int,
+    augment: FlipCrop | None,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The poisons of all targets by one attack.
+
+    Args:
+        attack: One of `ATTACKS`.
+        extractor: Whose features feature collision and Bullseye Polytope work on.
+        network: Whose gradients are matched.
+        targets: uint8 (T, C, H, W).
+        wanted: int64 (T,).
+        bases: uint8 (T, P, C, H, W).
+        ids: int64 (T, P).
+        epsilon: In grey levels.
+        seed: Of what is random in gradient matching.
+        augment: What gradient matching expects the victim to do.
+        options: The attack's own: iterations, step, restarts, …
+
+    Returns:
+        uint8 (T, P, C, H, W); and (T,): what the attack lowers, as a share of what it was for the bases.
+
+    Raises:
+        InputError: If there is no such attack.
+    """
+    if attack == "none":
+        return bases, torch.ones(len(targets))
+    if attack == "feature_collision":
+        count, each = bases.shape[:2]
+        start, repeated = bases.flatten(0, 1).float() / 255, targets.float().repeat_interleave(each, 0) / 255
+        made = collide(extractor.features, repeated, start, beta=0.0, epsilon=epsilon / 255, **options)
+        before = features_in_parts(extractor.features, start) - features_in_parts(extractor.features, repeated)
+        left = made.feature_distance / before.norm(dim=1)
+        return made.images.view_as(bases), left.view(count, each).mean(1)
+    if attack == "bullseye_polytope":
+        centred = centre([extractor.features], targets, bases, epsilon=epsilon, **options)
+        return centred.images, centred.distance / centred.before
+    if attack == "gradient_matching":
+        matched = match([network], targets, wanted, bases, ids, epsilon=epsilon, seed=seed, augment=augment, **options)
+        return matched.images, matched.mismatch / matched.before
+    raise bad("attack", attack, f"choose one of {', '.join(ATTACKS)}")
+
+
+# --- transfer --------------------------------------------------------------------------------------------------------
+class Headed(nn.Module):
+    """A frozen extractor with a last layer: images in [0, 1] → logits. Only the layer's weights count as the network's.
+
+    Args:
+        extractor: Frozen, in evaluation mode.
+        weights: (K, F).
+        biases: (K,).
+    """
+
+    def __init__(self, extractor: ImageClassifier, weights: Tensor, biases: Tensor) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.head = nn.Linear(weights.shape[1], weights.shape[0], device="meta")
+        self.head.weight, self.head.bias = nn.Parameter(weights), nn.Parameter(biases)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W)."""
+        logits: Tensor = self.head(self.extractor.features(images))
+        return logits
+
+
+def transfer(
+    folder: Path,
+    seed: int,
+    *,
+    attack: str,
+    extractor: str,
+    source: str,
+    classes: Sequence[int],
+    per_class: int = 250,
+    poisons: int = 25,
+    epsilon: int = 8,
+    trials: int = 100,
+    epochs: int = 40,
+    batch_size: int = 128,
+    learning_rate: float = 0.01,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """White-box transfer: the victim trains a last layer on a frozen extractor that the attacker has as well.
+
+    All targets' poisons are crafted together. Each trial has a victim of its own, trained from a cold start on the
+    features of the clean images and of its poisons; there is no augmentation. Gradient matching knows a last layer
+    trained on the clean set from another start.
+
+    Args:
+        folder: Of the cell; ``trials.csv`` goes there.
+        seed: Of the training images, the trials and the victims.
+        attack: One of `ATTACKS`.
+        extractor: Its weights.
+        source: A YAML of data, such as ``data/cifar10.yaml``.
+        classes: Of the source: what the victim tells apart.
+        per_class: Training images of each class, the bases among them.
+        poisons: Of each target.
+        epsilon: In grey levels.
+        trials: Targets.
+        epochs: Of the victim.
+        batch_size: Of the victim.
+        learning_rate: Of the victim's Adam.
+        options: Attack → its own: iterations, step, restarts, ….
+
+    Returns:
+        One row.
+
+    Raises:
+        InputError: If a value is out of its range, or weights or classes do not fit.
+    """
+    _check_attack(attack)
+    data = Classes(read_source(source), classes, per_class, seed)
+    data.prepare_data()
+    data.setup("fit")
+    train, test = _all(data.train_set), _all(data.test_set)
+    drawn = draw_trials(train.labels, test.labels, len(classes), trials, poisons, seed)
+    model = load_extractor(extractor, data.image_shape).to(_device())
+    known, seen = _embed(model, train.images), _embed(model, test.images)
+    recipe: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    nothing = known.new_empty(1, 0, known.shape[1]), train.labels.new_empty(1, 0)
+    clean = train_last_layers(known, train.labels, *nothing, len(classes), **recipe, seed=derive(seed, "surrogate"))
+    began = time.perf_counter()
+    made, left = _craft(
+        attack,
+        model,
+        Headed(model, clean.weights[0], clean.biases[0]),
+        train,
+        test,
+        drawn,
+        epsilon,
+        seed,
+        None,
+        options,
+    )
+    crafted = time.perf_counter()
+    rows: list[Outcome] = []
+    for number in range(trials):
+        keep = torch.ones(len(train), dtype=torch.bool)
+        keep[drawn.bases[number]] = False
+        layer = train_last_layers(
+            known[keep],
+            train.labels[keep],
+            _embed(model, made[number])[None],
+            drawn.wanted[number].expand(1, poisons),
+            len(classes),
+            **recipe,
+            seed=seed,
+        )
+        answers = scores(layer, seen)[0].softmax(1)
+        rows.append(_outcome(answers[drawn.targets[number]], answers.argmax(1), test, drawn, number))
+    finished = time.perf_counter()
+    return _report(folder, attack, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))
+
+
+# --- from scratch ----------------------------------------------------------------------------------------------------
+class Poisoned(Rewrite):
+    """A training set with given poisons in the place of some images.
+
+    Args:
+        base: The clean data.
+        rows: int64 (P,): of the training set.
+        images: uint8 (P, C, H, W).
+    """
+
+    def __init__(self, base: ImageDataModule, rows: Tensor, images: Tensor) -> None:
+        super().__init__(base)
+        self.rows, self.images = rows, images
+
+    def rewrite(self, train: ImageSet) -> ImageSet:
+        """The set with the poisons in it."""
+        return in_place(train, self.rows, self.images)
+
+
+def from_scratch(
+    folder: Path,
+    seed: int,
+    *,
+    attack: str,
+    weights: str,
+    configs: Sequence[str],
+    overrides: Mapping[str, Any] | None = None,
+    poison_fraction: float = 0.01,
+    epsilon: int = 8,
+    trials: int = 100,
+    targets_per_victim: int = 1,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Training from scratch: the attacker has a clean network of the victim's architecture, the victim starts anew.
+
+    Args:
+        folder: Of the cell; ``trials.csv`` goes there.
+        seed: Of the trials and the victims; the victims of all attacks have the same seeds.
+        attack: One of `ATTACKS`.
+        weights: The attacker's network, trained on the clean data.
+        configs: The victim's: model, data and trainer.
+        overrides: Keys that differ from them.
+        poison_fraction: The poisons of each target, as a share of the training set.
+        epsilon: In grey levels.
+        trials: Targets.
+        targets_per_victim: 1 as published; with more, a victim is trained on the poisons of so many targets at once, to
+            have more trials in the same time.
+        options: Attack → its own: iterations, step, restarts, ….
+
+    Returns:
+        One row.
+
+    Raises:
+        InputError: If a value is out of its range, or weights or configs do not fit.
+    """
+    _check_attack(attack)
+    data = _start(configs, overrides, seed).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    train, test = data.train_set, data.test_set
+    poisons = round(poison_fraction * len(train))
+    drawn = draw_trials(train.labels, test.labels, data.num_classes, trials, poisons, seed, targets_per_victim)
+    model = load_extractor(weights, data.image_shape).to(_device())
+    if model.num_classes != data.num_classes:
+        raise bad("weights", weights, f"made for {model.num_classes} classes, and there are {data.num_classes}")
+    augment = getattr(source_of(data), "augmentation", None)
+    expected = augment if isinstance(augment, FlipCrop) else None
+    began = time.perf_counter()
+    network = load_extractor(weights, data.image_shape).to(_device()).requires_grad_(True)
+    made, left = _craft(attack, model, network, train, test, drawn, epsilon, seed, expected, options)
+    crafted = time.perf_counter()
+    rows: list[Outcome] = []
+    for first in range(0, trials, targets_per_victim):
+        group = slice(first, min(trials, first + targets_per_victim))
+        line = _start(configs, overrides, derive(seed, "victim", first) % 2**31)
+        victim = _fit(line, Poisoned(data, drawn.bases[group].flatten(), made[group].flatten(0, 1)))
+        answers = torch.cat([_probabilities(victim, test, part) for part in torch.arange(len(test)).split(512)])
+        found = answers.argmax(1)
+        rows += [
+            _outcome(answers[drawn.targets[number]], found, test, drawn, number)
+            for number in range(group.start, group.stop)
+        ]
+    finished = time.perf_counter()
+    return _report(folder, attack, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))
+
+
+def _start(configs: Sequence[str], overrides: Mapping[str, Any] | None, seed: int) -> CommandLine:
+    """Model, data and trainer of a config, made and not run."""
+    named = [part for config in configs for part in ("--config", config)]
+    differs = {"seed_everything": seed, **(overrides or {})}
+    options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in differs.items()]
+    return start(["fit", *named, *options], act=False, keep=False, show=False)
+
+
+def _fit(line: CommandLine, data: ImageDataModule) -> ImageClassifier:
+    """Train the config's model on `data`, as long as the config says, with nothing kept."""
+    trainer = Trainer(
+        max_epochs=line.trainer.max_epochs,
+        precision=line.trainer.precision,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    model = line.model
+    if not isinstance(model, ImageClassifier):
+        raise InputError("configs: the model must be an ImageClassifier")
+    trainer.fit(model, data)
+    return model.eval()
+
+
+@torch.no_grad()
+def _probabilities(model: ImageClassifier, test: ImageSet, rows: Tensor) -> Tensor:
+    answers: Tensor = model(test.images_at(rows).to(model.device)).softmax(1).cpu()
+    return answers
+
+
+# --- what becomes of them --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one target.
+
+    Attributes:
+        success: It got the class of its bases.
+        right: It got its own.
+        confidence: The probability of the class of its bases.
+        hits: Other test images that got their own class.
+        cases: Of these.
+    """
+
+    success: bool
+    right: bool
+    confidence: float
+    hits: int
+    cases: int
+
+
+def _outcome(target: Tensor, found: Tensor, test: ImageSet, drawn: Trials, number: int) -> Outcome:
+    row, wanted = int(drawn.targets[number]), int(drawn.wanted[number])
+    right = found.cpu() == test.labels
+    return Outcome(
+        success=int(target.argmax()) == wanted,
+        right=bool(right[row]),
+        confidence=float(target[wanted]),
+        hits=int(right.sum()) - int(right[row]),
+        cases=len(right) - 1,
+    )
+
+
+def _craft(
+    attack: str,
+    extractor: ImageClassifier,
+    network: nn.Module,
+    train: ImageSet,
+    test: ImageSet,
+    drawn: Trials,
+    epsilon: int,
+    seed: int,
+    augment: FlipCrop | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+) -> tuple[Tensor, Tensor]:
+    device = extractor.device
+    bases = train.images_at(drawn.bases.flatten()).unflatten(0, drawn.bases.shape)
+    made, left = craft(
+        attack,
+        extractor,
+        network,
+        test.images_at(drawn.targets).to(device),
+        drawn.wanted.to(device),
+        bases.to(device),
+        train.ids[drawn.bases].to(device),
+        epsilon,
+        seed,
+        augment,
+        (options or {}).get(attack, {}),
+    )
+    return made.cpu(), left.cpu()
+
+
+def _report(
+    folder: Path,
+    attack: str,
+    train: ImageSet,
+    test: ImageSet,
+    drawn: Trials,
+    made: Tensor,
+    left: Tensor,
+    outcomes: Sequence[Outcome],
+    seconds: tuple[float, float],
+) -> list[dict[str, Any]]:
+    """Write ``trials.csv``, and sum up."""
+    bases = train.images_at(drawn.bases.flatten()).view_as(made)
+    change = (made.to(torch.int16) - bases).abs()
+    largest = change.flatten(1).amax(1).tolist()
+    with (folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["target_id", "target_label", "base_label", "success", "right", "confidence", "accuracy", "epsilon_reached",
+             "objective_left"]
+        )  # fmt: skip
+        for number, each in enumerate(outcomes):
+            row = int(drawn.targets[number])
+            writer.writerow(
+                [int(test.ids[row]), int(test.labels[row]), int(drawn.wanted[number]), int(each.success),
+                 int(each.right), f"{each.confidence:.6g}", f"{each.hits / each.cases:.6g}", largest[number],
+                 f"{float(left[number]):.6g}"]
+            )  # fmt: skip
+    count = len(outcomes)
+    confidence = torch.tensor([each.confidence for each in outcomes])
+    summary = {
+        "target_success": asdict(wilson(sum(each.success for each in outcomes), count)),
+        "target_right": asdict(wilson(sum(each.right for each in outcomes), count)),
+        "confidence_median": float(confidence.median()),
+        "confidence_mean": float(confidence.mean()),
+        "clean_accuracy": sum(each.hits for each in outcomes) / sum(each.cases for each in outcomes),
+        "poisons": made.shape[1],
+        "poisoned_share": made.shape[1] / len(train),
+        "epsilon_reached": int(change.max()),
+        "objective_left": float(left.mean()),
+        "crafting_seconds": round(seconds[0], 1),
+        "training_seconds": round(seconds[1], 1),
+    }
+    return [summary]
+
+
+def _check_attack(attack: str) -> None:
+    if attack not in ATTACKS:
+        raise bad("attack", attack, f"choose one of {', '.join(ATTACKS)}")
+
+
+def _all(images: ImageSet) -> ImageSet:
+    whole = images.__getitems__(torch.arange(len(images)))
+    return ImageSet(whole.images, whole.labels, whole.ids)
+
+
+def _embed(model: ImageClassifier, images: Tensor) -> Tensor:
+    return features_in_parts(lambda part: model.features(part.to(model.device)).cpu(), images)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
