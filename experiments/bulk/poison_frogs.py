@@ -503,8 +503,8 @@ def draw_boundaries(scene: Scene, batches: Sequence[Batch], clean: LastLayers, p
         poison = _embed(scene.extractor, batch.images[:1])[0]
         marks = (
             ("base", task.test[base], "s", 40),
-            ("poison", poison, "X", 60),
-            ("target", task.test[target], "*", 130),
+            ("target", task.test[target], "*", 260),
+            ("poison", poison, "X", 45),  # on top: it may lie on the target
         )
         for name, point, mark, size in marks:
             (x, y), colour = view.project(point[None]).cpu()[0].tolist(), "#8c1aff" if name == "poison" else "#15181c"
@@ -520,7 +520,7 @@ def draw_boundaries(scene: Scene, batches: Sequence[Batch], clean: LastLayers, p
         axis.tick_params(labelsize=8)
     figure.axes[0].set_ylabel("across it, towards the target", fontsize=8)
     lines, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8, markerscale=1.2)
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(path, dpi=110)
 
 

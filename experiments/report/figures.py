@@ -348,7 +348,9 @@ def _heatmap(plot: Plot) -> Any:
     values = [
         [_scaled(line.points[x].value, plot) if x in line.points else math.nan for x in columns] for line in plot.lines
     ]
-    mesh = axis.pcolormesh(values, cmap="cividis", linewidth=0)
+    known = [value for line in values for value in line if not math.isnan(value)]
+    alike = bool(known) and plot.share and min(known) == max(known)  # then colours would go past 100 %
+    mesh = axis.pcolormesh(values, cmap="cividis", linewidth=0, **({"vmin": 0, "vmax": 100} if alike else {}))
     axis.set_xticks([place + 0.5 for place in range(len(columns))])
     axis.set_yticks([place + 0.5 for place in range(len(plot.lines))])
     names = [_wrapped(plot.point_label(x), 24) for x in columns]

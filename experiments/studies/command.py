@@ -248,7 +248,10 @@ def _run(spec: Study, cells: Sequence[Cell], out: Path, workers: int, threads: i
     """Run what is not finished, stage by stage; a failure is recorded, and the others go on."""
     board = Board(spec, cells, out)
     if "waiting" not in board.state.values():
-        print("nothing to run: each cell is finished or failed before; --retry-failed runs failed ones again")
+        failed = list(board.state.values()).count("failed")
+        again = f"; {failed} failed, which --retry-failed runs again" if failed else ""
+        if cells:
+            print(f"nothing to run: {len(board.state) - failed} cells are finished{again}")
         return
     shown = set({cell.stage.name: cell.identity for cell in reversed(cells)}.values())  # the first of each stage
     console = Console(file=sys.stdout)  # of now: what cells print is swallowed

@@ -100,7 +100,7 @@ def _data(source: str) -> tuple[str, str]:
     """The digest of a source's training set; or nothing, and why it is not there."""
     parser = Parser()
     parser.add_argument("--data", type=ImageDataModule)
-    made = parser.instantiate_classes(parser.parse_object({"data": json.loads(source)})).data
+    made = parser.instantiate(parser.parse_object({"data": json.loads(source)})).data
     try:
         made.prepare_data()
     except InputError as error:

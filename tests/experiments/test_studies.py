@@ -299,6 +299,7 @@ def test_a_study_runs_once_and_its_rows_can_be_traced(tmp_path: Path, capsys: py
     before = {cell: cell.stat().st_mtime_ns for cell in (out / "cells").iterdir()}
     text = (out / "results.csv").read_bytes()
     assert study(["study", "--config", str(path), "--out", str(out), "--no-report"]) == 0
+    assert "nothing to run: 4 cells are finished\n" in capsys.readouterr().out
     assert {cell: cell.stat().st_mtime_ns for cell in (out / "cells").iterdir()} == before
     assert (out / "results.csv").read_bytes() == text
     assert study(["study", "--config", str(path), "--out", str(out), "--dry-run"]) == 0
@@ -492,7 +493,10 @@ def test_rows_of_a_function_are_checked(row: Any, says: str) -> None:
         _checked([row])
 
 
-@pytest.mark.parametrize("executor", [{"kind": "local"}, {"kind": "submitit_local", "timeout_min": 5}])
+@pytest.mark.parametrize(
+    "executor",
+    [{"kind": "local"}, pytest.param({"kind": "submitit_local", "timeout_min": 5}, marks=pytest.mark.slow)],
+)
 def test_a_process_that_dies_fails_its_cell_alone(tmp_path: Path, executor: dict[str, Any]) -> None:
     stage = {"function": "tests.experiments.test_studies.die", "seeds": [0, 1, 2]}
     out = tmp_path / "out"

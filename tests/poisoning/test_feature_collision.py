@@ -210,6 +210,13 @@ def test_the_tolerance_saves_iterations_and_costs_little() -> None:
     assert torch.allclose(early.objective, full.objective, rtol=0.02)
 
 
+@pytest.mark.parametrize("iterations", [1, 9, 10, 13])
+def test_no_iteration_too_many(iterations: int) -> None:
+    features, _ = network()
+    found = collide(features, some(3, 1), some(3, 2), beta=0.1, iterations=iterations, tolerance=0)
+    assert found.iterations.tolist() == [iterations] * 3
+
+
 def test_a_first_step_far_too_large_is_no_end() -> None:
     features, _ = network()
     targets, bases = some(4, 1), some(4, 2)
