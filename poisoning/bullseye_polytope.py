@@ -29,7 +29,7 @@ from datamodules.datamodule import ImageDataModule
 from datamodules.errors import bad
 from datamodules.imageset import ImageSet
 from poisoning.choosing import choose
-from poisoning.targets import Crafted, TargetedPoisons, box, check_epsilon, rounded
+from poisoning.targets import Crafted, Report, TargetedPoisons, box, check_epsilon, rounded
 
 Features = Callable[[Tensor], Tensor]
 """Images (M, C, H, W) in [0, 1] → (M, F), each row by itself."""
@@ -77,7 +77,7 @@ def centre(
     iterations: int = 1200,
     step: float = 0.008,
     together: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Centred:
     """Craft the poisons of all targets: their mean feature at the target's, each pixel within ε of its base.
 
@@ -89,7 +89,7 @@ def centre(
         iterations: Steps of Adam; 1,200 are the benchmark's, the paper took 4,000.
         step: Its learning rate, for pixels in [0, 1].
         together: Targets whose poisons go through the networks in one batch; it is a matter of memory alone.
-        progress: Called with (finished targets, T).
+        progress: Called with the share of the steps that are done.
 
     Returns:
         The finished poisons: those of the last step, as the authors have it.
@@ -107,17 +107,17 @@ def centre(
         start = bases[first:last].float() / 255
         x = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([x], lr=step)
-        for _ in range(iterations):
+        for iteration in range(iterations):
             # a sum, not a mean: each target's poisons move as they would alone
             (x.grad,) = torch.autograd.grad(off_centre(extractors, x, aims).sum(), x)
             optimizer.step()
             x.data.clamp_(low[first:last], high[first:last])
+            if progress is not None:
+                progress((first + (last - first) * (iteration + 1) / iterations) / len(targets))
         images = rounded(x.detach())
         with torch.no_grad():
             after = off_centre(extractors, images.float() / 255, aims)
             found.append(Centred(images, after, off_centre(extractors, start, aims)))
-        if progress is not None:
-            progress(last, len(targets))
     return Centred(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
@@ -195,7 +195,9 @@ class BullseyePolytope(TargetedPoisons):
             raise bad("poisons", self.poisons, f"there are {there} training images of class {self.base_label}")
         return choose(eligible, len(train), self.poisons / len(train), "poisons", self.seed)
 
-    def craft(self, networks: Sequence[ImageClassifier], target: Tensor, bases: Tensor, ids: Tensor) -> Crafted:
+    def craft(
+        self, networks: Sequence[ImageClassifier], target: Tensor, bases: Tensor, ids: Tensor, progress: Report
+    ) -> Crafted:
         """See `centre`."""
         made = centre(
             [network.features for network in networks],
@@ -204,6 +206,7 @@ class BullseyePolytope(TargetedPoisons):
             epsilon=self.epsilon,
             iterations=self.iterations,
             step=self.step,
+            progress=progress,
         )
         facts = {"off_centre": float(made.distance), "off_centre_before": float(made.before)}
         return Crafted(made.images[0], facts)

@@ -35,7 +35,7 @@ from datamodules.errors import bad
 from datamodules.imageset import ImageSet
 from datamodules.random import draw, generator
 from poisoning.choosing import check_fraction, choose
-from poisoning.targets import Crafted, TargetedPoisons, box, check_epsilon, rounded
+from poisoning.targets import Crafted, Report, TargetedPoisons, box, check_epsilon, rounded
 
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 """Shares of the steps after which the rate falls tenfold."""
@@ -136,7 +136,7 @@ def match(
     augment: FlipCrop | None = None,
     seed: int = 0,
     together: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Matched:
     """Craft the poisons of all targets.
 
@@ -155,7 +155,7 @@ def match(
         seed: Of noise and augmentation.
         together: Targets whose gradients are taken in one batched computation. That pays on a GPU, where the poisons
             of one are not enough to do; on a CPU one at a time is up to twice as fast. It changes nothing else.
-        progress: Called with (finished targets, T).
+        progress: Called with the share of the steps that are done.
 
     Returns:
         The finished poisons: for each target those of its best restart, by the loss.
@@ -170,7 +170,13 @@ def match(
     for part in torch.arange(len(targets)).split(together):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         recipe = _Recipe(networks, targets[rows], labels[rows], bases[rows], ids[rows], epsilon, augment, seed)
-        made = [recipe.brew(number, iterations, step) for number in range(restarts)]
+
+        def done(steps: int, rows: slice = rows) -> None:
+            if progress is not None:
+                share = steps / (iterations * restarts)
+                progress((rows.start + (rows.stop - rows.start) * share) / len(targets))
+
+        made = [recipe.brew(number, iterations, step, done) for number in range(restarts)]
         last = iterations * restarts  # an augmentation that no step has seen, the same for all
         losses = torch.stack([recipe.loss(each, last).detach() for each in made], dim=1)
         best = losses.argmin(1)
@@ -178,8 +184,6 @@ def match(
         before = recipe.loss(bases[rows].float() / 255, last).detach()
         chosen = losses.gather(1, best[:, None]).squeeze(1)
         found.append(Matched(rounded(images), chosen, before, losses))
-        if progress is not None:
-            progress(rows.stop, len(targets))
     return Matched(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
@@ -215,7 +219,7 @@ class _Recipe:
         ]
         return torch.stack(losses).mean(0)
 
-    def brew(self, number: int, iterations: int, step: float) -> Tensor:
+    def brew(self, number: int, iterations: int, step: float, done: Callable[[int], None]) -> Tensor:
         """The poisons of restart `number`, in whole grey levels: float32 (T, P, C, H, W)."""
         noise = [
             torch.randn(each.shape, generator=generator(self.seed, f"gradient matching {int(ids[0])}", number))
@@ -231,6 +235,7 @@ class _Recipe:
             x.grad = slope.sign()
             optimizer.step()
             x.data.clamp_(self.low, self.high)
+            done(number * iterations + iteration + 1)
         return rounded(x.detach()).float() / 255
 
 
@@ -320,7 +325,9 @@ class GradientMatching(TargetedPoisons):
         """Training images of the base class, drawn by the seed."""
         return choose(train.labels == self.base_label, len(train), self.poison_fraction, "poison_fraction", self.seed)
 
-    def craft(self, networks: Sequence[ImageClassifier], target: Tensor, bases: Tensor, ids: Tensor) -> Crafted:
+    def craft(
+        self, networks: Sequence[ImageClassifier], target: Tensor, bases: Tensor, ids: Tensor, progress: Report
+    ) -> Crafted:
         """See `match`."""
         for network, path in zip(networks, self.weights, strict=True):
             if network.num_classes != self.num_classes:
@@ -339,6 +346,7 @@ class GradientMatching(TargetedPoisons):
             restarts=self.restarts,
             augment=self.augmentation,
             seed=self.seed,
+            progress=progress,
         )
         facts = {"gradient_mismatch": float(made.mismatch), "gradient_mismatch_before": float(made.before)}
         facts |= {"gradient_mismatch_worst_restart": float(made.restarts.max())}

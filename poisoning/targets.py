@@ -7,8 +7,10 @@ controls neither the other images nor the training nor the target, and has netwo
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ from poisoning.choosing import check_label
 from poisoning.extractor import extractor_hash, load_extractor
 
 CRAFTED = "poisons.safetensors"
+
+Report = Callable[[float], None]
+"""Called while crafting with the share of the work that is done."""
 
 
 class Crafted(NamedTuple):
@@ -191,7 +196,9 @@ class TargetedPoisons(Rewrite, ABC):
         """The rows of the bases: int64 (P,), ascending."""
 
     @abstractmethod
-    def craft(self, networks: Sequence[ImageClassifier], target: Tensor, bases: Tensor, ids: Tensor) -> Crafted:
+    def craft(
+        self, networks: Sequence[ImageClassifier], target: Tensor, bases: Tensor, ids: Tensor, progress: Report
+    ) -> Crafted:
         """The poisons.
 
         Args:
@@ -199,6 +206,7 @@ class TargetedPoisons(Rewrite, ABC):
             target: uint8 (C, H, W).
             bases: uint8 (P, C, H, W).
             ids: int64 (P,): theirs.
+            progress: To call with the share of the work that is done.
         """
 
     @abstractmethod
@@ -269,10 +277,22 @@ class TargetedPoisons(Rewrite, ABC):
         def make(folder: Path) -> None:
             device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
             networks = [load_extractor(path, self.image_shape, self.backbone).to(device) for path in self.weights]
-            made = self.craft(networks, target.to(device), bases.to(device), ids.to(device))
+            with self._progress() as report:
+                made = self.craft(networks, target.to(device), bases.to(device), ids.to(device), report)
             facts = {name: torch.tensor(value, dtype=torch.float64) for name, value in made.facts.items()}
             save_tensors(folder / CRAFTED, {"images": made.images.cpu(), **facts})
 
         found = load_tensors(Store().build("poisons", key, make) / CRAFTED)
         poisons = found.pop("images")
         return rows, poisons, {name: float(value) for name, value in found.items()}
+
+    @contextmanager
+    def _progress(self) -> Iterator[Report]:
+        """A bar, where the trainer has one or, without a trainer, on a terminal."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        quiet = not sys.stderr.isatty() if self.trainer is None else self.trainer.progress_bar_callback is None
+        with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
+            task = bar.add_task(f"{type(self).__name__}: crafting", total=1.0)
+            yield lambda share: bar.update(task, completed=share)

@@ -57,13 +57,13 @@ sys.meta_path.insert(0, Watch())
 
 
 def tiny() -> dict[str, Any]:
-    """Six clean victims and, for two of them, an attack that is compared with them."""
+    """Eight clean victims and, for two of them, an attack that is compared with them."""
     return {
         "stages": {
             "victim": {
                 "configs": ["victim_digits"],
                 "overrides": {"trainer.max_epochs": 8},
-                "seeds": [0, 1, 2, 3, 4, 5],
+                "seeds": [0, 1, 2, 3, 4, 5, 6, 7],
             },
             "attack": {
                 "configs": ["badnets_digits"],
@@ -114,50 +114,53 @@ def kills(times: int, seed: int) -> int:
         calm, killed = Path(temporary) / "calm", Path(temporary) / "killed"
         started = time.perf_counter()
         process = begin(calm, tiny())
-        until_cells = _wait_for_cells(process, calm / OUT, started)
+        _wait(process, calm / OUT, started, PATIENCE, 0)
+        until_cells = time.perf_counter() - started
         finish(process, calm)
         wall = time.perf_counter() - started
         records = [_json(path) for path in (calm / OUT / "cells").glob("*/cell.json")]
         each = sum(record["seconds"] for record in records) / len(records)
-        console.print(f"undisturbed: {wall:.1f} s, {len(records)} cells of {each:.1f} s, the first after "
+        console.print(f"undisturbed: {wall:.1f} s, {len(records)} cells of {each:.1f} s, the first begun after "
                       f"{until_cells:.1f} s")  # fmt: skip
-
+        # half of them at any time before cells run; half once as many cells as are drawn are finished, and a bit later
+        moments: list[tuple[float, int, float]] = [(chance.uniform(0, until_cells), 0, 0.0) for _ in range(times // 2)]
+        moments += [(PATIENCE, chance.randint(0, 1), chance.uniform(0, 0.4)) for _ in range(times - times // 2)]
+        chance.shuffle(moments)
         table = Table(title=f"{times} × SIGKILL, seed {seed}", title_justify="left")
         for heading in ("kill", "after (s)", "cells at work", "finished"):
             table.add_column(heading, justify="right")
-        moments = [("start", chance.uniform(0, until_cells)) for _ in range(times // 2)]
-        moments += [("cells", chance.uniform(0, 1.5 * each)) for _ in range(times - len(moments))]
-        chance.shuffle(moments)
-        for number, (phase, moment) in enumerate(moments, 1):
+        number = 0
+        for at_latest, cells, later in moments:
             started = time.perf_counter()
             process = begin(killed, tiny())
-            if phase == "cells":
-                _wait_for_cells(process, killed / OUT, started)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-            after = time.perf_counter() - started
+            _wait(process, killed / OUT, started, at_latest, _finished(killed / OUT) + cells)
+            time.sleep(later)
             at_work = _at_work(killed / OUT, started)
-            done = len(list((killed / OUT / "cells").glob("*/cell.json")))
-            ended = "" if code == -signal.SIGKILL else f" (had ended: {code})"
-            table.add_row(f"{number}{ended}", f"{after:.1f}", str(at_work), str(done))
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            number += process.wait() == -signal.SIGKILL
+            after = time.perf_counter() - started
+            table.add_row(str(number), f"{after:.1f}", str(at_work), str(_finished(killed / OUT)))
         console.print(table)
         finish(begin(killed, tiny()), killed)
         wrong = differences(calm / OUT, killed / OUT)
+    if number < times:
+        wrong.append(f"it was killed {number} times only: it had ended before")
     compared = f"results.csv, and weights, metrics, manifest and config of {len(records)} cells"
     console.print("\n".join(wrong) if wrong else f"no difference in {compared}, apart from times")
     return 1 if wrong else 0
 
 
-def _wait_for_cells(process: subprocess.Popen[bytes], out: Path, started: float) -> float:
-    """Seconds until a cell was at work, or the study had ended."""
-    while process.poll() is None and not _at_work(out, started):
-        if time.perf_counter() - started > PATIENCE:
-            sys.exit("no cell was begun")
+def _wait(process: subprocess.Popen[bytes], out: Path, started: float, at_latest: float, finished: int) -> None:
+    """Wait until so many seconds have passed, or so many cells are finished and one is at work."""
+    while process.poll() is None and time.perf_counter() - started < at_latest:
+        if _at_work(out, started) and _finished(out) >= finished:
+            return
         time.sleep(0.005)
-    return time.perf_counter() - started
+
+
+def _finished(out: Path) -> int:
+    return len(list((out / "cells").glob("*/cell.json")))
 
 
 def _at_work(out: Path, started: float) -> int:

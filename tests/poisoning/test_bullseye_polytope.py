@@ -156,6 +156,12 @@ def test_crafting_draws_nothing_and_leaves_the_network_alone(network: ImageClass
     assert all(weight.grad is None for weight in network.parameters())
 
 
+def test_progress_goes_up_to_one() -> None:
+    shares: list[float] = []
+    centre([pixels], grey(1, 2, 3), grey(9, 8, 7)[:, None], epsilon=8, iterations=2, together=2, progress=shares.append)
+    assert shares == pytest.approx([1 / 3, 2 / 3, 5 / 6, 1])
+
+
 def test_what_cannot_be_crafted_is_refused() -> None:
     good: dict[str, Any] = {"epsilon": 8, "iterations": 1}
     for change, word in (

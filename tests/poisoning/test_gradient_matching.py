@@ -275,6 +275,12 @@ def test_the_rate_falls_tenfold_three_times(network: ImageClassifier, monkeypatc
     assert rates == pytest.approx(expected)
 
 
+def test_progress_goes_up_to_one(network: ImageClassifier) -> None:
+    shares: list[float] = []
+    match([network], **task(2), iterations=2, restarts=2, progress=shares.append)
+    assert shares == pytest.approx([number / 8 for number in range(1, 9)])
+
+
 def test_a_network_in_training_mode_is_refused(network: ImageClassifier) -> None:
     model = cnn().train()
     with pytest.raises(ValueError, match="evaluation mode"):

@@ -276,7 +276,7 @@ def test_one_crafting_serves_all_fractions(own_cache: Path, craftings: list[Imag
     [{"seed": 1}, {"epsilon": 9}, {"kind": "class_wise"}, {"rounds": 1}, {"noise_steps": 1}, {"surrogate_steps": 2},
      {"step_size": 1.0}, {"share": 0.5}, {"batch_size": 100}, {"learning_rate": 0.05}, {"stop_error": 0.5},
      {"backbone": partial(MLP, hidden=[8])}, {"base": Digits(split_seed=1)}, {"base": LabelFlip(Digits(), 0.1)}],
-    ids=str,
+    ids=lambda change: "-".join(f"{key}-{type(value).__name__}" for key, value in change.items()),
 )  # fmt: skip
 def test_all_that_determines_the_noise_is_in_its_key(
     other: dict[str, Any], own_cache: Path, craftings: list[ImageSet]
