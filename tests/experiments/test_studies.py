@@ -569,7 +569,9 @@ def _wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
 def test_no_process_of_a_pool_outlives_its_study(tmp_path: Path, number: int) -> None:
     stage = {"function": "tests.experiments.test_studies.dawdle", "seeds": [1, 2]}
     path, out = write(tmp_path / "s.yaml", {"stages": {"craft": stage}, "workers": 2}), tmp_path / "out"
-    code = "import sys; from experiments.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    # a shell that runs the tests in the background has interrupts ignored
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; import sys; from experiments.__main__ import main; sys.exit(main(sys.argv[1:]))"
     args = [sys.executable, "-c", code, "study", "--config", str(path), "--out", str(out), "--no-report"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(args, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -42,7 +42,7 @@ class Stored:
     def __init__(self, folder: Path) -> None:
         (self.path,) = folder.glob("*.wandb")
         self.records = self._read()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while "exit" not in self.records:  # W&B's service writes the rest after the run has ended
             assert time.monotonic() < end, f"{self.path} has no end"
             time.sleep(0.05)
@@ -67,13 +67,15 @@ class Stored:
 
     @staticmethod
     def _scan(data: bytes) -> Iterator[bytes]:
-        assert data[:4] == b":W&B"
+        assert b":W&B".startswith(data[:4])  # W&B's service may be at it still
         at, whole = 7, b""
         while at + 7 <= len(data):
             if (left := -at % 32768) and left < 7:
                 at += left
                 continue
             _, length, kind = struct.unpack_from("<IHB", data, at)
+            if at + 7 + length > len(data):
+                return
             whole += data[at + 7 : at + 7 + length]
             at += 7 + length
             if kind in (1, 4):
