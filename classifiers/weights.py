@@ -7,7 +7,6 @@ on. Neither safetensors nor torch notices a flipped bit: the hash does. Nothing 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import InputError
+from datamodules.files import unwritable
 from datamodules.imageset import fingerprint
 from datamodules.store import save_tensors
 
@@ -73,37 +73,13 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], architecture: Archit
     try:
         save_tensors(path, plain, metadata)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return digest
 
 
 def _seal(digest: str, described: str) -> str:
     """The hash a file carries: of its tensors and of the architecture, whose mean and std matter as much."""
     return fingerprint(digest, described)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write next to the target, fsync, rename, fsync the folder: the file is the old one or the new one, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder")
 
 
 def find_weights(path: str | Path) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from classifiers.weights import load_checkpoint, write_atomically
+from classifiers.weights import load_checkpoint
 from datamodules.errors import bad
+from datamodules.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

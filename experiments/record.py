@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from classifiers.classifier import ImageClassifier
-from classifiers.weights import write_atomically
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError
+from datamodules.files import write_atomically
 from datamodules.measures import Interval
 from experiments import pictures, rundir
 from experiments.wandb_logger import Wandb

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from classifiers.weights import write_atomically
 from datamodules.errors import InputError
+from datamodules.files import write_atomically
 
 TOKEN = "{run}"
 """What stands for the run's folder in the trainer's part of a config."""

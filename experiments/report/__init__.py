@@ -69,7 +69,7 @@ def write_report(folder: Path, out: Path | None = None, *, wandb: bool = False) 
     results = read_results(folder)
     check(study, results)
 
-    from classifiers.weights import write_atomically
+    from datamodules.files import write_atomically
     from experiments.report import figures, page, plots, tables
 
     shown_plots: list[tuple[plots.Plot, str | None]] = []

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import write_atomically
 from experiments import rundir
 from experiments.arguments import value_of
 from experiments.studies.cells import Cell, command_of, plan
@@ -232,8 +233,6 @@ def _keep_spec(spec: Study, cells: Sequence[Cell], out: Path) -> None:
     """Write study.yaml: what the report goes by. Its grids have the keys that stages got from their inputs too."""
     from dataclasses import asdict
 
-    from classifiers.weights import write_atomically
-
     content = rundir.plain(asdict(spec))
     for stage in content["stages"]:
         points = [rundir.plain(cell.point) for cell in cells if cell.stage.name == stage["name"]]
@@ -359,8 +358,6 @@ class Board:
 # --- W&B sweeps ------------------------------------------------------------------------------------------------------
 def _write_sweep(spec: Study, path: Path) -> None:
     """Write a W&B sweep of the last stage: its grid and seeds, run by W&B's agents as `lightning fit`."""
-    from classifiers.weights import write_atomically
-
     stage = spec.stages[-1]
     if stage.function or stage.inputs:
         raise InputError(f"sweep: stage {stage.name} needs more than a config; run it with lightning study")

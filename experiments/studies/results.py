@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from classifiers.weights import write_atomically
+from datamodules.files import write_atomically
 from experiments.studies.cells import UNIMPORTANT, Cell, command_of, whole
 from experiments.studies.spec import Study, Value
 

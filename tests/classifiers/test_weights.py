@@ -24,7 +24,6 @@ from classifiers.weights import (
     load_checkpoint,
     load_weights,
     save_weights,
-    write_atomically,
 )
 from datamodules.errors import InputError
 from datamodules.sources.digits import Digits
@@ -364,25 +363,6 @@ def test_checkpoints_of_other_makers(tmp_path: Path) -> None:
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("classifiers.weights.os.fsync", full)
-    with refused(path, "No space left on device"):
-        write_atomically(path, b"new, and longer")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]  # nothing half-written stays behind
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    with refused("absent", "No such file"):
-        write_atomically(tmp_path / "absent" / "file", b"")
-
-
 def test_the_content_hash_is_of_names_types_shapes_and_bytes_in_any_order_and_layout() -> None:
     one, two = torch.arange(24.0).view(1, 4, 2, 3), torch.zeros(3)
     reference = content_hash({"a": one, "b": two})
