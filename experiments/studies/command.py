@@ -24,7 +24,7 @@ from datamodules.files import write_atomically
 from experiments import rundir
 from experiments.arguments import value_of
 from experiments.studies.cells import Cell, command_of, plan
-from experiments.studies.pool import run_in_pool, start_imports
+from experiments.studies.pool import call, run_in_pool, start_imports
 from experiments.studies.results import rows_of, write_results
 from experiments.studies.spec import Study, default_out, find_study, read_study
 from experiments.studies.work import execute, fail
@@ -76,7 +76,9 @@ def study(args: list[str]) -> int:
     local = spec.executor["kind"] == "local"
     if local and workers > 1 and not options.dry_run and not (out / "results.csv").exists():
         start_imports()
-    cells = plan(spec, threads)
+        spec, cells = call(_planned, spec, threads)
+    else:
+        cells = plan(spec, threads)
     chosen = _chosen(cells, options.only)
     if options.dry_run:
         _show_plan(spec, chosen, out)
@@ -108,6 +110,11 @@ def study(args: list[str]) -> int:
 
         report(["report", str(out), *(["--wandb"] if options.wandb or spec.wandb else [])])
     return 1 if failed else 0
+
+
+def _planned(spec: Study, threads: int) -> tuple[Study, list[Cell]]:
+    """A study and its cells, whose stages are its own, in another process too."""
+    return spec, plan(spec, threads)
 
 
 def _say_absent(cells: Sequence[Cell]) -> None:

@@ -42,6 +42,43 @@ def start_imports() -> None:
                 signal.signal(signal.SIGINT, before)
 
 
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a process of its own, which need not import anything: this one then need not either.
+
+    Args:
+        function: To call; it, what it is given and what it returns are pickled.
+        args: Its arguments.
+
+    Raises:
+        Exception: What the function raises.
+    """
+    context = multiprocessing.get_context(_method())
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, function, args))  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()
+    try:
+        value, error = mine.recv()
+    except EOFError as died:
+        process.join()
+        raise ChildProcessError(f"{function.__name__}: its process died (exit code {process.exitcode})") from died
+    finally:
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    return value
+
+
+def _answer(pipe: Any, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    _ignore_interrupts()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        pipe.send((function(*args), None))
+    except Exception as error:
+        pipe.send((None, error))
+
+
 def run_in_pool(
     cells: Sequence[Cell],
     shown: Collection[str],

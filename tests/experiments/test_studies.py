@@ -23,6 +23,7 @@ from datamodules.errors import InputError
 from experiments.registry import configs_folder
 from experiments.studies.cells import code_files, plan
 from experiments.studies.command import study
+from experiments.studies.pool import call
 from experiments.studies.resolve import resolve
 from experiments.studies.results import write_results
 from experiments.studies.spec import read_study
@@ -625,3 +626,16 @@ def test_columns_of_mixed_types_are_kept_as_text(tmp_path: Path) -> None:
     assert read["a"] == [1.0, 2.5]
     assert read["b"] == ["x", "3"]
     assert read["c"] == ["[1]", None]
+
+
+@pytest.mark.slow
+def test_a_call_in_another_process_returns_and_raises_what_the_function_does() -> None:
+    assert call(os.getpid) != os.getpid()
+    with pytest.raises(InputError, match="base 16"):
+        call(complain, "base 16")
+    with pytest.raises(ChildProcessError, match=r"_exit: its process died \(exit code 3\)"):
+        call(os._exit, 3)
+
+
+def complain(what: str) -> None:
+    raise InputError(what)
