@@ -26,7 +26,9 @@ class ResNet9(Backbone):
     Args:
         image_shape: (C, H, W), H and W at least 8.
         num_classes: The number of logits.
-        width: w, the channels of the first convolution; there are 8w features. 64 is Page's.
+        width: w, the channels of the first convolution; there are 8w · grid² features. 64 is Page's.
+        grid: The last pool keeps grid × grid maxima of each channel, 1 as Page's. More features than training images
+            make a last layer that can heed a single image: what Poison Frogs' one-shot kill lives on.
         logit_scale: The factor on the features, more than 0. Smaller starts with less certain answers and so trains
             with the high learning rates that the network is made for.
 
@@ -35,10 +37,18 @@ class ResNet9(Backbone):
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, width: int = 64, logit_scale: float = 0.125
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        width: int = 64,
+        grid: int = 1,
+        logit_scale: float = 0.125,
     ) -> None:
         super().__init__(image_shape, num_classes, smallest=8)
-        check_positive(width=width)
+        check_positive(width=width, grid=grid)
+        self.grid = grid
+        if any(size // 8 % grid for size in self.image_shape[1:]):
+            raise bad("grid", grid, "must divide height and width of the last feature map, an eighth of the image's")
         if not logit_scale > 0:
             raise bad("logit_scale", logit_scale, "must be more than 0")
         self.logit_scale = logit_scale
@@ -53,13 +63,14 @@ class ResNet9(Backbone):
             nn.MaxPool2d(2),
             _Residual(8 * width),
         )
-        self.head = nn.Linear(8 * width, num_classes)
+        self.head = nn.Linear(8 * width * grid**2, num_classes)
         nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """The maximum of each channel, scaled: (N, C, H, W) → (N, 8w)."""
+        """The maxima of each channel, scaled: (N, C, H, W) → (N, 8w · grid²)."""
+        parts = self.body(x).unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))
         # not AdaptiveMaxPool2d: its gradient is not deterministic on CUDA
-        return torch.amax(self.body(x), dim=(2, 3)) * self.logit_scale
+        return torch.amax(parts, dim=(3, 5)).flatten(1) * self.logit_scale
 
 
 class ResNet18(Backbone):

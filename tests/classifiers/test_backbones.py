@@ -259,6 +259,17 @@ def test_resnet18_is_torchvisions_but_for_the_stem() -> None:
         torch.testing.assert_close(ours.eval()(images(2)), theirs.eval()(images(2)), atol=1e-5, rtol=1e-5)
 
 
+def test_resnet9_keeps_a_grid_of_maxima() -> None:
+    net, whole = (ResNet9((3, 32, 32), 10, width=2, grid=grid).eval() for grid in (2, 1))
+    assert net.head.in_features == 8 * 2 * 2**2
+    whole.body = net.body
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    last = net.body(x)
+    first = net.features(x).view(3, 16, 2, 2)
+    assert torch.equal(first[:, :, 0, 1], last[:, :, :2, 2:].amax((2, 3)) * net.logit_scale)
+    assert torch.equal(first.amax((2, 3)), whole.features(x))
+
+
 def test_resnet9_has_eight_convolutions_and_scales_the_logits() -> None:
     net = ResNet9(SMALL, 10, width=4).eval()
     convs = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
@@ -413,6 +424,7 @@ def test_networks_without_features_are_refused() -> None:
         (lambda: SmallCNN(SMALL, 10, widths=[]), "widths = []"),
         (lambda: ResNet9(SMALL, 10, width=0), "width = 0"),
         (lambda: ResNet9(SMALL, 10, logit_scale=0), "logit_scale = 0"),
+        (lambda: ResNet9((3, 32, 32), 10, grid=3), "grid = 3"),
         (lambda: ResNet18(SMALL, 10, width=-1), "width = -1"),
         (lambda: PreActResNet18(SMALL, 10, width=0), "width = 0"),
         (lambda: TorchVision(SMALL, 10, "resnet81"), "did you mean 'resnet18'?"),
