@@ -21,7 +21,9 @@ Deviations from the paper and from the authors' code (github.com/ashafahi/incept
   each poison has a λ of its own. A step is taken if it lowers the objective by what λ promises (backtracking, as in
   Beck & Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm", 2009); else the iterate stays and λ is halved.
   After a step taken λ grows by a tenth. A test of the objective alone lets a λ that is too large leap to a distant
-  image whose features happen to be nearer: on MNIST the poison came out up to a tenth further from its base.
+  image whose features happen to be nearer: on MNIST the poison came out up to a tenth further from its base. Within a
+  bound ε it cannot leap far, and lowering the objective is enough: on CIFAR-10, ε = 16/255, 400 iterations, that
+  brought features to 0.37 of the bases' distance instead of 0.44 (medians of 48).
 * Bases are drawn at random, or are the nearest ones in feature space, which is what the code falls back on; it tries
   bases of its authors' choice first.
 * An optional bound ε on each pixel is not in the paper. It is a ball round the base *as blended* with the target, so
@@ -61,7 +63,7 @@ GROWTH = 1.1
 SMALLEST = 2.0**-30
 """Of a step size, as a share of the first one: a poison that needs a smaller one has nowhere to go."""
 
-CRAFTING = 1
+CRAFTING = 2
 """The version of what `collide` computes, for keys of the store: a change has older entries left alone."""
 
 _FILE = "poisons.safetensors"
@@ -156,7 +158,7 @@ def collide(
         assert pool is not None
         before = pool.objective
         for _ in range(min(EVERY, iterations)):
-            pool = _advance(features, pool, iterations)
+            pool = _advance(features, pool, iterations, bounded=epsilon is not None)
         fell = before - pool.objective
         done = (pool.tried >= iterations) | (pool.step < step * SMALLEST)
         done |= (fell > 0) & (fell <= tolerance * before)  # none: λ is still being found
@@ -185,17 +187,19 @@ class _Pool(NamedTuple):
     high: Tensor
 
 
-def _advance(features: Callable[[Tensor], Tensor], pool: _Pool, iterations: int) -> _Pool:
+def _advance(features: Callable[[Tensor], Tensor], pool: _Pool, iterations: int, bounded: bool) -> _Pool:
     """One step of each poison that has any left; a step that achieves too little leaves its poison as it was."""
     step, beta = _per_image(pool.step, pool.x), _per_image(pool.beta, pool.x)
     forward = pool.x - step * pool.gradient
     x = ((forward + step * beta * pool.base) / (1 + step * beta)).clamp(pool.low, pool.high)
     distance, gradient = _pull(features, x, pool.aim)
     objective = distance + pool.beta / 2 * _square(x - pool.base)
-    moved = x - pool.x
-    promised = pool.distance + (pool.gradient * moved).flatten(1).sum(1) + _square(moved) / (2 * pool.step)
     going = pool.tried < iterations
-    taken = (objective < pool.objective) & (distance <= promised) & going
+    taken = (objective < pool.objective) & going
+    if not bounded:
+        moved = x - pool.x
+        promised = pool.distance + (pool.gradient * moved).flatten(1).sum(1) + _square(moved) / (2 * pool.step)
+        taken &= distance <= promised
     here = _per_image(taken, x)
     return pool._replace(
         x=torch.where(here, x, pool.x),

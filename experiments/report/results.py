@@ -179,8 +179,8 @@ def check(study: StudySpec, results: Results) -> None:
             if texts and all(number(text) is None for text in texts):
                 raise InputError(f"{where}.y = {of.column!r}: its values are no numbers, such as {texts[0]!r}")
         if isinstance(spec, FigureSpec) and spec.x_scale == "log":
-            for row in results.finished:
-                if row["stage"] == spec.stage and number(row[spec.x]) is None:
+            for row in results.select(spec.stage, spec.where):
+                if row["status"] == "finished" and number(row[spec.x]) is None:
                     raise InputError(f"{where}.x_scale = 'log': {spec.x} is {row[spec.x]!r}, which is no number")
         if len({results.is_share(of) for of in quantities if _measured(of, results)}) > 1:
             raise InputError(f"{where}.y: shares and other numbers have no axis in common; make two figures of them")
