@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench kills overhead pins wheel clean
+.PHONY: help setup demo test lint types unit format bench layers crafting kills overhead pins wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -42,6 +42,12 @@ format: $(BIN)/.installed ## let ruff mend what it can
 
 bench: $(BIN)/.installed ## speed against plain torchvision and bare Lightning, in one run
 	$(BIN)/python -m tests.benchmarks
+
+layers: $(BIN)/.installed ## many last layers trained together against one by one (minutes)
+	$(BIN)/python -m tests.benchmarks.last_layers --trials 634
+
+crafting: $(BIN)/.installed ## feature collisions crafted together against one by one in ART, if it is installed (minutes)
+	$(BIN)/python -m tests.benchmarks.crafting
 
 kills: $(BIN)/.installed ## kill a small study ten times, and compare it with an undisturbed one (minutes)
 	$(BIN)/python -m tests.benchmarks.studies kills
