@@ -1,0 +1,31 @@
+"""The protocol of defences that perturb scores, and what is common to them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Perturbation(Protocol):
+    """Changes the scores of answers, each by itself."""
+
+    def __call__(self, scores: Tensor, numbers: Tensor) -> Tensor:
+        """Perturbed scores.
+
+        Args:
+            scores: Probabilities: real (N, K).
+            numbers: int64 (N,): which query of its client each is, from 0: what noise is drawn by.
+
+        Returns:
+            Real (N, K), at least 0. Rows sum to 1 unless the defence says otherwise.
+        """
+        ...
+
+
+def renormalised(scores: Tensor) -> Tensor:
+    """Rows that sum to 1; a row of zeros becomes uniform."""
+    total = scores.sum(1, keepdim=True)
+    uniform = torch.full_like(scores, 1 / scores.shape[1])
+    return torch.where(total > 0, scores / total.clamp_min(torch.finfo(scores.dtype).tiny), uniform)

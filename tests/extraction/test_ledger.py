@@ -1,0 +1,92 @@
+"""Charging: once, whole or not at all, by any number of processes, over a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from extraction.ledger import Account, BudgetError, Ledger
+from tests.helpers import refused
+
+
+def images(*names: int) -> list[bytes]:
+    return [bytes([name]) * 32 for name in names]
+
+
+def test_queries_count_repeats_and_samples_do_not(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l", price=2.0)
+    assert ledger.charge("a", "1", images(1, 2, 1)) == 0
+    assert ledger.charge("a", "2", images(2, 3)) == 3
+    assert ledger.charge("b", "1", images(9)) == 0
+    assert ledger.account("a") == Account(queries=5, samples=3, requests=2, cost=0.01)
+    assert ledger.account("nobody") == Account(0, 0, 0, 0.0)
+    assert ledger.left("a") is None
+
+
+def test_the_same_request_is_charged_once_and_has_the_same_number(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l", budget=4)
+    ledger.charge("a", "0", images(7))
+    assert [ledger.charge("a", "1", images(1, 2, 3)) for _ in range(3)] == [1, 1, 1]
+    assert Ledger(tmp_path / "l", budget=4).charge("a", "1", images(1, 2, 3)) == 1  # by another process, later
+    assert ledger.account("a").queries == 4
+    with refused("request = '1'", "other images"):
+        ledger.charge("a", "1", images(1, 2, 4))
+
+
+def test_a_request_beyond_the_budget_changes_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l", budget=3, samples=2)
+    ledger.charge("a", "1", images(1, 1))
+    with pytest.raises(BudgetError, match="2 queries are spent and 2 more were asked for; ask for 1 or fewer"):
+        ledger.charge("a", "2", images(1, 1))
+    assert ledger.account("a") == Account(2, 1, 1, 0.002)
+    assert ledger.left("a") == 1
+    other = Ledger(tmp_path / "l", samples=2)
+    with pytest.raises(BudgetError, match="1 samples are spent and 2 more"):
+        other.charge("a", "3", images(2, 3))
+    assert other.account("a") == Account(2, 1, 1, 0.002)  # the samples of the refused request are not kept
+    assert other.charge("a", "4", images(1, 2)) == 2
+
+
+def test_many_clients_at_once_never_overspend(tmp_path: Path) -> None:
+    Ledger(tmp_path / "l")
+
+    def ask(number: int) -> bool:
+        try:
+            Ledger(tmp_path / "l", budget=50).charge("a", str(number), images(number % 250, 1, 2))
+        except BudgetError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        granted = sum(pool.map(ask, range(60)))
+    assert granted == 16
+    assert Ledger(tmp_path / "l").account("a").queries == 48
+
+
+def test_a_kill_in_the_middle_of_a_charge_leaves_no_trace(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    ledger.charge("a", "1", images(1))
+    code = (
+        "import os, signal, sys; from extraction.ledger import Ledger\n"
+        "l = Ledger(sys.argv[1])\n"
+        "l._refuse = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if a[0] == 'samples' else None\n"
+        "l.charge('a', '2', [b'x' * 32])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ledger.path)], check=False, env=dict(os.environ))
+    assert done.returncode == -signal.SIGKILL
+    assert ledger.account("a") == Account(1, 1, 1, 0.001)
+    assert ledger.charge("a", "2", images(5)) == 1
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with refused("budget = -1"):
+        Ledger(tmp_path / "l", budget=-1)
+    (tmp_path / "text").write_text("no database, but long enough to be taken for one " * 40)
+    with refused("ledger = ", "not a ledger"):
+        Ledger(tmp_path / "text")
