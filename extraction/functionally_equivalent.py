@@ -1,7 +1,7 @@
 """Functionally equivalent extraction of a network with one hidden layer of ReLUs, from answers in float64.
 
-Papers: Jagielski et al., "High Accuracy and High Fidelity Extraction of Neural Networks", USENIX Security 2020; Carlini,
-Jagielski & Mironov, "Cryptanalytic Extraction of Neural Network Models", CRYPTO 2020.
+Papers: Jagielski et al., "High Accuracy and High Fidelity Extraction of Neural Networks", USENIX Security 2020;
+Carlini, Jagielski & Mironov, "Cryptanalytic Extraction of Neural Network Models", CRYPTO 2020.
 
 Threat model: an interface that takes any real-valued input and answers with logits or scores in full precision. The
 width is not known. What is recovered is the same function, not the same parameters: units come in any order and scale.
@@ -12,14 +12,15 @@ side a unit is active on is settled last; the last layer by least squares.
 
 Deviation, which saves most of the queries: the papers take second differences along every coordinate at one bend of
 each unit, d queries or more for a unit. Here the Jacobian is measured *between* bends. Between two such points g units
-have switched, and the difference of the Jacobians is Σ Aᵢ wᵢᵀ over these: with K outputs, and the columns of A known from
-the jumps, up to K rows wᵢ are solved for at once. With one output g is 1, as theirs.
+have switched, and the difference of the Jacobians is Σ Aᵢ wᵢᵀ over these: with K outputs, and the columns of A known
+from the jumps, up to K rows wᵢ are solved for at once. With one output g is 1, as theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,8 +186,8 @@ def _search(
     if not any(new) and found.weights:
         middle = len(inner) // 2
         t = inner[middle].mean()
-        gap = edges[middle + 1] - edges[middle]
-        return start + t * along, _jacobian(ask, start + t * along, float(gap))
+        width = float(edges[middle + 1] - edges[middle])
+        return start + t * along, _jacobian(ask, start + t * along, width)
     many = max(1, min(6, jumps.shape[1] - 2))  # units between two Jacobians; fewer than outputs, for the condition
     last, point = 0, start
     pieces = _between(edges, new, many)
@@ -196,7 +197,7 @@ def _search(
         point = start + (edges[piece] + edges[piece + 1]) / 2 * along
         here = _jacobian(ask, point, gap)
         if jacobian is not None:
-            units = [i for i in range(last, piece)]
+            units = list(range(last, piece))
             solved = torch.linalg.lstsq(jumps[units].T, (here - jacobian)).solution  # (g, d)
             for unit, w in zip(units, solved, strict=True):
                 if new[unit]:
@@ -231,9 +232,8 @@ def _bends(at: Callable[[Tensor], Tensor], far: float, private: torch.Generator)
         marks += [step, -step]
         step *= 4
     marks = sorted({*marks, -far, far})
-    # a mark may by chance be a bend: none is at an irrational place
-    marks = [mark * 1.0000000314159 for mark in marks]
-    ends = [_look(at, t, 1e-3 * max(1.0, abs(t))) for t in marks]
+    ends = [_look(at, mark, max(1.0, abs(mark)), private) for mark in marks]
+    marks = [end.t for end in ends]
     found: list[float] = []
     work = [(marks[i], marks[i + 1], ends[i], ends[i + 1]) for i in range(len(marks) - 1)]
     budget = 4000
@@ -245,42 +245,55 @@ def _bends(at: Callable[[Tensor], Tensor], far: float, private: torch.Generator)
             )
         low, high, left, right = work.pop()
         length = high - low
-        size = max(float(left[0].abs().max()), float(right[0].abs().max()))
-        sure = 2000 * _EPS * size / min(left[3], right[3]) + 1e-10 * float(left[2].abs().max())
-        jump = right[1] - left[2]
-        rest = right[0] - left[0] - left[2] * length
+        size = max(float(left.value.abs().max()), float(right.value.abs().max()))
+        sure = 2000 * _EPS * size / min(left.step, right.step) + 1e-10 * float(left.after.abs().max())
+        jump = right.before - left.after
+        rest = right.value - left.value - left.after * length
         if float(jump.abs().max()) <= sure and float(rest.abs().max()) <= sure * length:
             continue
         if float(jump.abs().max()) > sure:
             place = high - float((rest * jump).sum() / jump.square().sum())
             explained = float((rest - jump * (high - place)).abs().max()) <= sure * length
             if explained and low < place < high:
-                value = at(torch.tensor([place], dtype=torch.float64))[0]
-                if float((value - left[0] - left[2] * (place - low)).abs().max()) <= sure * length:
+                # a bit to either side: two bends that nearly undo each other point to a place outside of both
+                near = 1e-2 * min(place - low, high - place)
+                sides = at(torch.tensor([place - near, place + near], dtype=torch.float64))
+                wrong = [
+                    sides[0] - left.value - left.after * (place - near - low),
+                    sides[1] - right.value + right.before * (high - place - near),
+                ]
+                if max(float(part.abs().max()) for part in wrong) <= sure * length:
                     found.append(place)
                     continue
         if length < _SMALLEST * max(1.0, abs(low)):
             raise ExtractionError(
                 f"answers: two bends within {length:.0e} of a line: rounded or perturbed, or not of one hidden layer"
             )
-        share = 0.4 + 0.2 * float(torch.rand(1, generator=private, dtype=torch.float64))
-        middle = low + share * length
-        look = _look(at, middle, 1e-3 * length)
-        work += [(low, middle, left, look), (middle, high, look, right)]
+        look = _look(at, (low + high) / 2, 0.2 * length, private)
+        work += [(low, look.t, left, look), (look.t, high, look, right)]
     return sorted(found)
 
 
-def _look(at: Callable[[Tensor], Tensor], t: float, step: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Value, slope to the left, slope to the right at t, and the step they were taken with: none bends within it."""
-    for _ in range(40):
-        before, here, after = at(torch.tensor([t - step, t, t + step], dtype=torch.float64))
+class _Look(NamedTuple):
+    """What a function is like at t: its slopes before and after, the same, over this step."""
+
+    t: float
+    value: Tensor
+    before: Tensor
+    after: Tensor
+    step: float
+
+
+def _look(at: Callable[[Tensor], Tensor], t: float, room: float, private: torch.Generator) -> _Look:
+    """The same near t, at most half of `room` away: where nothing bends within a step."""
+    for attempt in range(60):
+        step = room * (5e-3 if attempt < 30 else 1e-4)
+        place = t + room * (float(torch.rand(1, generator=private, dtype=torch.float64)) - 0.5)
+        before, here, after = at(torch.tensor([place - step, place, place + step], dtype=torch.float64))
         left, right = (here - before) / step, (after - here) / step
         sure = 2000 * _EPS * float(here.abs().max() + 1e-300) / step + 1e-10 * float(left.abs().max())
         if float((right - left).abs().max()) <= sure:
-            return here, left, right, step
-        step /= 8
-        if step < 1e-12 * max(1.0, abs(t)):
-            break
+            return _Look(place, here, left, right, step)
     raise ExtractionError("answers: they bend everywhere on a line: rounded or perturbed, or not of a network of ReLUs")
 
 
