@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,10 @@ _EPS = torch.finfo(torch.float64).eps
 
 _SMALLEST = 1e-13
 """Of an interval of a line, relative to where it lies: a bend that is not alone in less is none of one layer's."""
+
+
+_FAINTEST = 550.0
+"""Of a logarithm of scores: those of e⁻⁵⁵⁰ have float64's full precision still."""
 
 
 class ExtractionError(InputError):
@@ -155,10 +160,10 @@ def extract(
 
 def _reach(ask: _Counted, start: Tensor, along: Tensor) -> float:
     """How far scores are far enough from 0 on both sides."""
-    far = 1.0
+    far = 1e-3
     while far < 1e6:
         ends = ask(start + torch.tensor([[-2 * far], [2 * far]], dtype=torch.float64) * along)
-        if not bool(ends.isfinite().all()) or float(ends.abs().max()) > 550:
+        if not float(ends.abs().max()) < _FAINTEST:
             break
         far *= 2
     return far
@@ -227,12 +232,14 @@ def _between(edges: Tensor, new: list[bool], many: int) -> list[int]:
 def _bends(at: Callable[[Tensor], Tensor], far: float, private: torch.Generator) -> list[float]:
     """All t in (−far, far) at which a piecewise linear function of the line bends, in order."""
     marks = [0.0]
-    step = 1.0
+    step = min(1.0, far / 4)
     while step < far:
         marks += [step, -step]
         step *= 4
     marks = sorted({*marks, -far, far})
-    ends = [_look(at, mark, max(1.0, abs(mark)), private) for mark in marks]
+    gaps = [high - low for low, high in pairwise(marks)]
+    rooms = [0.4 * min(pair) for pair in zip([gaps[0], *gaps], [*gaps, gaps[-1]], strict=True)]
+    ends = [_look(at, mark, room, private) for mark, room in zip(marks, rooms, strict=True)]
     marks = [end.t for end in ends]
     found: list[float] = []
     work = [(marks[i], marks[i + 1], ends[i], ends[i + 1]) for i in range(len(marks) - 1)]
@@ -341,6 +348,12 @@ def _finish(
     spread = 10 ** (3 * torch.rand(count, 1, generator=private, dtype=torch.float64) - 1)  # 0.1 … 100
     inputs = spread * torch.randn(count, len(base), generator=private, dtype=torch.float64)
     values = ask(inputs)
+    for _ in range(20):  # scores vanish far out: nearer, then
+        gone = ~(values.abs().amax(1) < _FAINTEST)
+        if ask.answers == "logits" or not bool(gone.any()):
+            break
+        inputs[gone] /= 4
+        values[gone] = ask(inputs[gone])
     fit, held = slice(check, None), slice(check)
     weight = 1 / values[fit].abs().amax(1, keepdim=True).clamp_min(1e-300)  # near inputs count as much as far ones
     for _ in range(4):
