@@ -36,7 +36,7 @@ class Changes:
         ids: int64 (M,): the ids of the changed or added samples.
         origins: int64 (M,): the id each was made from; the same as `ids` where it was changed in place.
         original_labels: int64 (M,): labels before.
-        labels: int64 (M,): labels after.
+        labels: int64 (M,): labels after; of soft ones the likeliest class.
     """
 
     kind: str
