@@ -7,6 +7,7 @@ the budget is refused whole, and changes nothing. SQLite gives both to any numbe
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -86,7 +87,7 @@ class Ledger:
             BudgetError: If it does not fit into the budget; nothing is charged.
             InputError: If the id was used for other images.
         """
-        whole = b"".join(contents).hex()
+        whole = hashlib.sha256(b"".join(contents)).hexdigest()
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
             known = connection.execute(

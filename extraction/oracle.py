@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class Oracle:
             )
         contents = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu().contiguous()]
         if request is None:
-            request = f"call {self.account.requests}"
+            request = uuid4().hex
         first = self.__ledger.charge(self.client, request, contents)
         logits = self.__answer(images, contents)
         scores = logits.softmax(1)
