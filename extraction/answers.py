@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from datamodules.errors import bad, did_you_mean
+from datamodules.errors import InputError, bad, did_you_mean
 
 MODES = ("label", "label_score", "top_k", "scores", "logits")
 """From the least revealing to the most."""
@@ -72,6 +74,25 @@ def reveal(scores: Tensor, mode: str, k: int | None = None, logits: Tensor | Non
     # stable, so that equal scores name the lower class on every device
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :shown]
     return Answers(order, none if mode == "label" else scores.gather(1, order))
+
+
+def pack(**tensors: Tensor) -> bytes:
+    """Named tensors as the bytes that a ledger keeps and the network carries (safetensors)."""
+    packed: bytes = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    return packed
+
+
+def unpack(data: bytes) -> dict[str, Tensor]:
+    """What `pack` made.
+
+    Raises:
+        InputError: If these are other bytes.
+    """
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise InputError(f"{len(data)} bytes that are no tensors ({error})") from error
+    return tensors
 
 
 def labels(answers: Answers) -> Tensor:

@@ -1,28 +1,34 @@
-"""The ledger: what each client asked, what it cost, and where its budget ends.
+"""The ledger: what each client asked, what it was answered, what that cost, and where its budget ends.
 
-Charging is one transaction under an id of the request: a request that is sent again – after a crash, or because its
-answer was lost on the way – is answered again and not charged again. A request that does not fit into what is left of
-the budget is refused whole, and changes nothing. SQLite gives both to any number of threads and processes.
+Charging, answering and watching are one transaction under the request's id: a request that is sent again – after a
+crash, or because its answer was lost on the way – gets the same answer and is not charged again. A request that does
+not fit into what is left of a budget is refused whole, and changes nothing. SQLite gives this to any number of threads
+and processes; a transaction that a kill cuts off never was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.errors import InputError, bad
 
+_VERSION = 2
 _TABLES = """
-CREATE TABLE IF NOT EXISTS charges (
+CREATE TABLE IF NOT EXISTS requests (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
     client TEXT NOT NULL, request TEXT NOT NULL, content TEXT NOT NULL,
-    first INTEGER NOT NULL, queries INTEGER NOT NULL,
-    PRIMARY KEY (client, request)
+    first INTEGER NOT NULL, queries INTEGER NOT NULL, cost REAL NOT NULL, at REAL NOT NULL,
+    answer BLOB, digest TEXT, seen BLOB,
+    UNIQUE (client, request)
 );
 CREATE TABLE IF NOT EXISTS samples (client TEXT NOT NULL, sample BLOB NOT NULL, PRIMARY KEY (client, sample));
+CREATE TABLE IF NOT EXISTS flags (client TEXT PRIMARY KEY, at INTEGER NOT NULL);
 """
 
 
@@ -37,7 +43,7 @@ class Account(NamedTuple):
         queries: Images asked about, repeats counted.
         samples: Different images asked about.
         requests: Requests charged.
-        cost: Queries at the price, in its currency.
+        cost: Of the queries, at the price, in its currency.
     """
 
     queries: int
@@ -46,8 +52,54 @@ class Account(NamedTuple):
     cost: float
 
 
+class Seen(NamedTuple):
+    """A request that a detector is to look at.
+
+    Attributes:
+        number: Its place among all requests; later ones have higher ones.
+        content: What was kept of it.
+    """
+
+    number: int
+    content: bytes
+
+
+class Entry:
+    """A request while it is being worked on, inside the ledger's transaction.
+
+    Attributes:
+        number: Its place among all requests; later ones have higher ones.
+        first: The number, from 0, of its first query among this client's: what a noisy defence draws by.
+        answer: The answer; None until there is one. Set it, and it is kept with the charge.
+        seen: What a detector will need of it after a restart; None: nothing.
+        flagged: Whether the client is flagged. Set it, and it stays so, even if the request is refused.
+    """
+
+    def __init__(
+        self, connection: sqlite3.Connection, client: str, number: int, first: int, answer: bytes | None
+    ) -> None:
+        self._connection, self._client = connection, client
+        self.number, self.first, self.answer = number, first, answer
+        self.seen: bytes | None = None
+        (count,) = connection.execute("SELECT COUNT(*) FROM flags WHERE client = ?", (client,)).fetchone()
+        self.flagged = bool(count)
+
+    def watched(self, after: int) -> Iterator[Seen]:
+        """What detectors have kept of this client's requests with higher numbers than `after`, in order."""
+        rows = self._connection.execute(
+            "SELECT number, seen FROM requests WHERE client = ? AND number > ? AND seen IS NOT NULL ORDER BY number",
+            (self._client, after),
+        )
+        for number, seen in rows:
+            yield Seen(int(number), bytes(seen))
+
+
+class Refused(InputError):
+    """Raised inside a transaction: the request is not charged, but a flag stays."""
+
+
 class Ledger:
-    """Charges of all clients of one oracle.
+    """Requests of all clients of one oracle.
 
     Args:
         path: A SQLite file, made if missing; its folder must exist.
@@ -56,7 +108,7 @@ class Ledger:
         price: Of a thousand queries.
 
     Raises:
-        InputError: If a number is below 0, or the file is no ledger.
+        InputError: If a number is below 0, or the file is no ledger, or one of another version.
     """
 
     def __init__(
@@ -66,58 +118,134 @@ class Ledger:
             if value is not None and value < 0:
                 raise bad(name, value, "it must be 0 or more")
         self.path, self.budget, self.samples, self.price = Path(path), budget, samples, price
+        self.limits: Mapping[str, int] = {}
+        """Budgets of clients that have one of their own."""
         try:
             with self._open() as connection:
-                connection.executescript(_TABLES)
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+                if version != _VERSION and tables:
+                    raise bad("ledger", str(path), f"it is of version {version} and not {_VERSION}; give another file")
+                connection.execute("BEGIN IMMEDIATE")  # one process makes the tables, the others find them
+                for statement in _TABLES.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
         except sqlite3.DatabaseError as error:
             raise bad("ledger", str(path), f"not a ledger ({error}); give another file") from error
 
-    def charge(self, client: str, request: str, contents: list[bytes]) -> int:
-        """Charge a request, once.
+    @contextmanager
+    def request(self, client: str, request: str, contents: list[bytes]) -> Iterator[Entry]:
+        """One request: charged, worked on inside the `with`, and kept with its answer at the end of it.
 
         Args:
             client: Who asks.
             request: The request's id: the same id is the same request.
             contents: A digest of each image, in order; repeats count as queries and not as samples.
 
-        Returns:
-            The number, from 0, of its first query among this client's: what a noisy defence draws by.
+        Yields:
+            The entry. Where its answer is there already, the request was charged before. An exception undoes all,
+            but for the flag if it is `Refused`.
 
         Raises:
             BudgetError: If it does not fit into the budget; nothing is charged.
-            InputError: If the id was used for other images.
+            InputError: If the id was used for other images, or the answer that was kept is damaged.
         """
         whole = hashlib.sha256(b"".join(contents)).hexdigest()
+        refused: Refused | None = None
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            known = connection.execute(
-                "SELECT content, first FROM charges WHERE client = ? AND request = ?", (client, request)
-            ).fetchone()
-            if known is not None:
-                if known[0] != whole:
-                    raise bad("request", request, "this id was used for other images; give each request its own")
-                return int(known[1])
-            spent = self._queries(connection, client)
-            self._refuse("budget", "queries", self.budget, spent, len(contents))
-            before = self._samples(connection, client)
-            connection.executemany(
-                "INSERT OR IGNORE INTO samples VALUES (?, ?)", ((client, content) for content in contents)
-            )
-            self._refuse("samples", "samples", self.samples, before, self._samples(connection, client) - before)
-            connection.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?)",
-                               (client, request, whole, spent, len(contents)))  # fmt: skip
-            return spent
+            entry, fresh = self._enter(connection, client, request, whole, contents)
+            try:
+                yield entry
+            except Refused as error:
+                connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
+                refused = error
+            if entry.flagged:
+                connection.execute("INSERT OR IGNORE INTO flags VALUES (?, ?)", (client, entry.first))
+            if refused is None and fresh:
+                digest = None if entry.answer is None else hashlib.sha256(entry.answer).hexdigest()
+                connection.execute(
+                    "UPDATE requests SET answer = ?, digest = ?, seen = ? WHERE client = ? AND request = ?",
+                    (entry.answer, digest, entry.seen, client, request),
+                )
+        if refused is not None:
+            raise refused
+
+    def charge(self, client: str, request: str, contents: list[bytes]) -> int:
+        """Charge a request, once, without an answer; see `request`.
+
+        Returns:
+            The number, from 0, of its first query among this client's.
+        """
+        with self.request(client, request, contents) as entry:
+            return entry.first
 
     def account(self, client: str) -> Account:
         """How a client stands; all zero for one that never asked."""
         with self._open() as connection:
             queries, samples = self._queries(connection, client), self._samples(connection, client)
-            (requests,) = connection.execute("SELECT COUNT(*) FROM charges WHERE client = ?", (client,)).fetchone()
-        return Account(queries, samples, int(requests), queries * self.price / 1000)
+            requests, cost = connection.execute(
+                "SELECT COUNT(*), COALESCE(SUM(cost), 0) FROM requests WHERE client = ?", (client,)
+            ).fetchone()
+        return Account(queries, samples, int(requests), float(cost))
 
     def left(self, client: str) -> int | None:
         """Queries that a client may still ask; None: any number."""
-        return None if self.budget is None else self.budget - self.account(client).queries
+        most = self._budget(client)
+        return None if most is None else max(0, most - self.account(client).queries)
+
+    def clients(self) -> list[str]:
+        """All that ever asked, or were flagged, in alphabetical order."""
+        with self._open() as connection:
+            rows = connection.execute("SELECT client FROM requests UNION SELECT client FROM flags ORDER BY 1")
+            return [str(row[0]) for row in rows]
+
+    def flagged_at(self, client: str) -> int | None:
+        """How many queries a client had been charged before the request that had it flagged; None: it is not."""
+        with self._open() as connection:
+            row = connection.execute("SELECT at FROM flags WHERE client = ?", (client,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def since(self, client: str, moment: float) -> int:
+        """Queries charged to a client since a moment, in seconds since 1970: what a rate limit counts."""
+        with self._open() as connection:
+            row = connection.execute(
+                "SELECT COALESCE(SUM(queries), 0) FROM requests WHERE client = ? AND at >= ?", (client, moment)
+            ).fetchone()
+        return int(row[0])
+
+    def _budget(self, client: str) -> int | None:
+        return self.limits.get(client, self.budget)
+
+    def _enter(
+        self, connection: sqlite3.Connection, client: str, request: str, whole: str, contents: list[bytes]
+    ) -> tuple[Entry, bool]:
+        """The entry, and whether it is a new one, which is charged."""
+        known = connection.execute(
+            "SELECT number, content, first, answer, digest FROM requests WHERE client = ? AND request = ?",
+            (client, request),
+        ).fetchone()
+        if known is not None:
+            number, content, first, answer, digest = known
+            if content != whole:
+                raise bad("request", request, "this id was used for other images; give each request its own")
+            if answer is not None and hashlib.sha256(answer).hexdigest() != digest:
+                raise bad("ledger", str(self.path), f"the answer to {request!r} is damaged; delete the file")
+            return Entry(connection, client, int(number), int(first), answer), False
+        spent = self._queries(connection, client)
+        self._refuse("budget", "queries", self._budget(client), spent, len(contents))
+        before = self._samples(connection, client)
+        connection.executemany(
+            "INSERT OR IGNORE INTO samples VALUES (?, ?)", ((client, content) for content in contents)
+        )
+        self._refuse("samples", "samples", self.samples, before, self._samples(connection, client) - before)
+        cost = len(contents) * self.price / 1000
+        cursor = connection.execute(
+            "INSERT INTO requests (client, request, content, first, queries, cost, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (client, request, whole, spent, len(contents), cost, time.time()),
+        )
+        return Entry(connection, client, int(cursor.lastrowid or 0), spent, None), True
 
     @staticmethod
     def _refuse(field: str, what: str, most: int | None, spent: int, more: int) -> None:
@@ -129,7 +257,9 @@ class Ledger:
 
     @staticmethod
     def _queries(connection: sqlite3.Connection, client: str) -> int:
-        row = connection.execute("SELECT COALESCE(SUM(queries), 0) FROM charges WHERE client = ?", (client,)).fetchone()
+        row = connection.execute(
+            "SELECT COALESCE(SUM(queries), 0) FROM requests WHERE client = ?", (client,)
+        ).fetchone()
         return int(row[0])
 
     @staticmethod
@@ -139,7 +269,8 @@ class Ledger:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection whose transaction is committed at the end, or undone by an exception; safe after a kill."""
-        with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
+        # a transaction takes as long as the model does: others wait for it, an hour if need be
+        with closing(sqlite3.connect(self.path, timeout=3600, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             try:
                 yield connection

@@ -1,83 +1,33 @@
-"""The oracle: the only door to a victim. It owns the model, the answer mode, the defence, the budget and the ledger.
+"""The oracle: the only door to a victim. An attacker asks with images and gets answers, never the module.
 
-An attacker asks with images and gets answers, never the module. In one process this is an interface and not a security
-boundary: whoever shares the process can read its memory. What the interface guarantees is that an honest experiment
-counts every query, and that nothing but the answers reaches the attack.
-
-Model calls have one fixed batch size, padded, so that an answer does not depend on what else was asked for with it.
-What the model said is kept by content: asked again, an image costs the client a query and the oracle no computation.
+`LocalOracle` has the victim in this process, `extraction.http.RemoteOracle` behind a network; an attack runs unchanged
+against either.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Protocol
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from classifiers.classifier import ImageClassifier, load_classifier
-from datamodules.errors import InputError, bad
-from extraction.answers import Answers, check_mode, reveal
+from classifiers.weights import content_hash, find_weights, load_weights
+from datamodules.errors import bad
+from datamodules.imageset import fingerprint
+from datamodules.store import Store
+from extraction.answers import Answers, check_mode
+from extraction.defences.detector import Detector
 from extraction.defences.perturbation import Perturbation
 from extraction.ledger import Account, Ledger
-
-Model = Callable[[Tensor], Tensor]
-"""uint8 (N, C, H, W) → logits (N, K)."""
-
-_KEPT = 2**26
-"""Bytes of what the model said that are kept."""
+from extraction.service import Service, check_service
 
 
-class Oracle:
-    """Answers one client's queries, counted.
-
-    Args:
-        model: Weights of a classifier (a path that `load_classifier` takes), the classifier, or a function from uint8
-            images (N, C, H, W) to logits (N, K).
-        ledger: Where queries are charged.
-        mode: What an answer shows: ``label``, ``label_score``, ``top_k``, ``scores`` or ``logits``.
-        k: How many classes ``top_k`` names.
-        defence: What perturbs scores; None: nothing. There is none for ``logits``, which would undo it.
-        client: Who asks, in the ledger.
-        batch_size: Of each model call.
-        image_shape: (C, H, W); known of a classifier, needed for a function.
-
-    Raises:
-        InputError: If a value is wrong, or the weights cannot be read.
-    """
-
-    def __init__(
-        self,
-        model: str | Path | ImageClassifier | Model,
-        ledger: Ledger,
-        mode: str = "scores",
-        k: int | None = None,
-        defence: Perturbation | None = None,
-        client: str = "attacker",
-        batch_size: int = 256,
-        image_shape: tuple[int, int, int] | None = None,
-    ) -> None:
-        check_mode(mode, k)
-        if batch_size < 1:
-            raise bad("batch_size", batch_size, "it must be 1 or more")
-        if mode == "logits" and defence is not None:
-            raise InputError("defence: it perturbs scores, and mode logits shows what is behind them; leave one out")
-        if isinstance(model, str | Path):
-            model = load_classifier(model)
-        if isinstance(model, ImageClassifier):
-            model.eval().requires_grad_(False)
-            image_shape = model.image_shape
-        if image_shape is None:
-            raise bad("image_shape", None, "a function does not tell what images it takes; give (C, H, W)")
-        self.image_shape = tuple(image_shape)
-        self.mode, self.k, self.client, self.batch_size = mode, k, client, batch_size
-        self.calls = 0
-        """Batches that the model has worked on."""
-        self.__model, self.__ledger, self.__defence = model, ledger, defence
-        self.__kept: dict[bytes, Tensor] = {}
+class Client(Protocol):
+    """What an attacker holds: something to ask."""
 
     def query(self, images: Tensor, request: str | None = None) -> Answers:
         """Ask.
@@ -91,59 +41,180 @@ class Oracle:
             Answers for all images, on the CPU.
 
         Raises:
-            BudgetError: If they do not fit into the budget; the model has not run, and nothing is charged.
-            InputError: If they are not images of this oracle's domain.
+            BudgetError: If they do not fit into the budget; nothing is charged.
+            InputError: If they are not images of this oracle's domain, or the oracle refuses.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            shape = "×".join(map(str, self.image_shape))
-            raise InputError(
-                f"images: uint8 (N, {shape}) are this oracle's domain, not {images.dtype} {tuple(images.shape)}"
-            )
-        contents = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu().contiguous()]
-        if request is None:
-            request = uuid4().hex
-        first = self.__ledger.charge(self.client, request, contents)
-        logits = self.__answer(images, contents)
-        scores = logits.softmax(1)
-        if self.__defence is not None:
-            scores = self.__defence(scores, torch.arange(first, first + len(images)))
-        return reveal(scores, self.mode, self.k, logits)
+        ...
 
     @property
     def account(self) -> Account:
-        """How its client stands."""
-        return self.__ledger.account(self.client)
+        """How it stands."""
+        ...
 
     @property
     def left(self) -> int | None:
         """Queries left in the budget; None: any number."""
-        return self.__ledger.left(self.client)
+        ...
 
-    @torch.inference_mode()
-    def __answer(self, images: Tensor, contents: list[bytes]) -> Tensor:
-        """Logits of all images; the model sees each different one once."""
-        new = dict.fromkeys(content for content in contents if content not in self.__kept)
-        rows = {content: row for row, content in reversed(list(enumerate(contents)))}
-        fresh: dict[bytes, Tensor] = {}
-        for start in range(0, len(new), self.batch_size):
-            part = list(new)[start : start + self.batch_size]
-            batch = images.new_zeros(self.batch_size, *self.image_shape)
-            batch[: len(part)] = images[[rows[content] for content in part]]
-            fresh.update(zip(part, self.__call(batch)[: len(part)], strict=True))
-        found = torch.stack([fresh[c] if c in fresh else self.__kept[c] for c in contents]) if contents else None
-        room = _KEPT - sum(value.nbytes for value in self.__kept.values())
-        for content, value in fresh.items():
-            room -= value.nbytes
-            if room < 0:
-                break
-            self.__kept[content] = value.clone()
-        return self.__call(images.new_zeros(self.batch_size, *self.image_shape))[:0] if found is None else found
 
-    def __call(self, batch: Tensor) -> Tensor:
-        self.calls += 1
-        model = self.__model
-        if isinstance(model, ImageClassifier):
-            logits: Tensor = model(batch.to(model.device))
-            return logits.float().cpu()
-        assert callable(model)
-        return model(batch).cpu()
+class LocalClient:
+    """A client of a service in this process.
+
+    Args:
+        service: What answers.
+        name: Who asks, in the ledger.
+    """
+
+    def __init__(self, service: Service, name: str = "attacker") -> None:
+        self.service, self.name = service, name
+
+    def query(self, images: Tensor, request: str | None = None) -> Answers:
+        """Ask; see `Client`."""
+        return self.service.answer(self.name, images, request or uuid4().hex)
+
+    @property
+    def account(self) -> Account:
+        """How it stands."""
+        return self.service.ledger.account(self.name)
+
+    @property
+    def left(self) -> int | None:
+        """Queries left in the budget; None: any number."""
+        return self.service.ledger.left(self.name)
+
+
+class Oracle(ABC):
+    """A door to a victim, as a config describes it; nothing is opened before `client` or `evaluator`.
+
+    Args:
+        mode: What an answer shows: ``label``, ``label_score``, ``top_k``, ``scores`` or ``logits``.
+        k: How many classes ``top_k`` names.
+
+    Raises:
+        InputError: If the mode, or k, is wrong.
+    """
+
+    def __init__(self, mode: str = "scores", k: int | None = None) -> None:
+        check_mode(mode, k)
+        self.mode, self.k = mode, k
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A hash of all that its answers depend on."""
+
+    @abstractmethod
+    def check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        """See that the victim is for such data.
+
+        Raises:
+            InputError: If not.
+        """
+
+    @abstractmethod
+    def client(self, name: str, budget: int | None = None) -> Client:
+        """Someone who asks, under a name of his own in the ledger, with a budget in queries."""
+
+    @abstractmethod
+    def evaluator(self) -> Client | None:
+        """Whoever measures fidelity: gets all scores, undefended, on an account of his own; None: there is no such."""
+
+
+class LocalOracle(Oracle):
+    """A victim in this process: an interface that counts, and not a security boundary.
+
+    Args:
+        weights: Of the victim: a weights file, a run's folder, or a config's folder of runs.
+        mode: See `Oracle`.
+        k: See `Oracle`.
+        defence: What it does to its scores; None: nothing.
+        detector: What watches its clients; None: nothing.
+        response: What a flagged client gets: ``watch`` (answers), ``refuse`` or ``degrade``.
+        price: Of a thousand queries.
+        batch_size: Of each model call.
+        device: Where the victim works, such as ``cuda``; None: the CPU.
+        precision: Its number type: ``float32``, ``float64`` or ``bfloat16``.
+
+    Raises:
+        InputError: If a value is wrong.
+    """
+
+    version = 1
+
+    def __init__(
+        self,
+        weights: str,
+        mode: str = "scores",
+        k: int | None = None,
+        defence: Perturbation | None = None,
+        detector: Detector | None = None,
+        response: str = "watch",
+        price: float = 1.0,
+        batch_size: int = 256,
+        device: str | None = None,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__(mode, k)
+        check_service(mode, k, defence, response, batch_size)
+        if price < 0:
+            raise bad("price", price, "it must be 0 or more")
+        self.weights, self.defence, self.detector, self.response = weights, defence, detector, response
+        self.price, self.batch_size, self.device, self.precision = price, batch_size, device, precision
+        self._loaded: ImageClassifier | None = None
+
+    def identity(self) -> str:
+        """Of the victim's weights, the mode, and the settings of defence and detector."""
+        tensors, architecture = load_weights(find_weights(self.weights))
+        watched = None if self.detector is None else (identity_of(self.detector), self.response)
+        return fingerprint(
+            self.version, content_hash(tensors), repr(architecture), self.mode, self.k, identity_of(self.defence),
+            watched, self.precision,
+        )  # fmt: skip
+
+    def check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        """See that the victim is for such data."""
+        _, architecture = load_weights(find_weights(self.weights))
+        if architecture is None:
+            raise bad("weights", self.weights, "the file does not tell what network it is; export it with `fit`")
+        if (architecture.num_classes, *architecture.image_shape) != (num_classes, *image_shape):
+            made = f"{architecture.num_classes} classes and images of {'×'.join(map(str, architecture.image_shape))}"
+            raise bad("weights", self.weights, f"this victim is for {made}; choose one for these data")
+        check_mode(self.mode, self.k, num_classes)
+
+    def client(self, name: str, budget: int | None = None) -> LocalClient:
+        """Someone who asks; his ledger is a file of his own, so that runs do not wait for each other."""
+        ledger = Ledger(_folder() / f"{name}.sqlite", budget, price=self.price)
+        service = Service(
+            self._victim, ledger, self.mode, self.k, self.defence, self.detector, self.response, self.batch_size,
+            device=self.device, precision=self.precision,
+        )  # fmt: skip
+        return LocalClient(service, name)
+
+    def evaluator(self) -> LocalClient:
+        """Whoever measures fidelity, on ledgers of the oracle's own."""
+        ledger = Ledger(_folder() / f"evaluation-{self.identity()}.sqlite")
+        return LocalClient(Service(self._victim, ledger, batch_size=self.batch_size, device=self.device), "evaluation")
+
+    @property
+    def _victim(self) -> ImageClassifier:
+        if self._loaded is None:
+            with torch.random.fork_rng(devices=[]):  # a network is initialised before weights are put into it
+                self._loaded = load_classifier(find_weights(self.weights))
+        return self._loaded
+
+
+def identity_of(part: object) -> str:
+    """What tells a defence or detector from another: its own `identity()`, or class, version and settings."""
+    own = getattr(part, "identity", None)
+    if callable(own):
+        return str(own())
+    if part is None:
+        return ""
+    kind = type(part)
+    settings = sorted((name, value) for name, value in vars(part).items() if not name.startswith("_"))
+    return f"{kind.__module__}.{kind.__qualname__} {getattr(kind, 'version', 1)} {settings!r}"
+
+
+def _folder() -> Path:
+    folder = Store().root / "ledgers"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

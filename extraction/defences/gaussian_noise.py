@@ -32,7 +32,7 @@ class GaussianNoise:
             raise bad("sigma", sigma, "it must be 0 or more")
         self.sigma, self.seed = sigma, seed
 
-    def __call__(self, scores: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
         """Noisy scores."""
         classes = scores.shape[1]
         # Box and Muller: two uniform numbers make one normal one

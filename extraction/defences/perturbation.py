@@ -11,11 +11,12 @@ from torch import Tensor
 class Perturbation(Protocol):
     """Changes the scores of answers, each by itself."""
 
-    def __call__(self, scores: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
         """Perturbed scores.
 
         Args:
             scores: Probabilities: real (N, K).
+            images: uint8 (N, C, H, W): what was asked about.
             numbers: int64 (N,): which query of its client each is, from 0: what noise is drawn by.
 
         Returns:

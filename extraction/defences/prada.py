@@ -50,12 +50,20 @@ class PRADA:
         """Whether this client is taken for an attacker; for good."""
         return self.flagged_at is not None
 
-    def observe(self, images: Tensor, labels: Tensor) -> bool:
+    def fresh(self) -> PRADA:
+        """One with the same settings that has seen nothing."""
+        return PRADA(self.delta, self.least)
+
+    def state(self) -> dict[str, float | int | str | None]:
+        """Queries, the smallest W, and the query that had the client flagged."""
+        return {"queries": self.queries, "smallest_w": self.smallest, "flagged_at": self.flagged_at}
+
+    def observe(self, images: Tensor, scores: Tensor) -> bool:
         """Look at queries, in order; the same verdict however they are cut into batches.
 
         Args:
             images: uint8 (N, C, H, W); distances are taken with pixels in [0, 1].
-            labels: int64 (N,): the victim's classes.
+            scores: Real (N, K), whose likeliest classes count.
 
         Returns:
             Whether the client is flagged.
@@ -65,7 +73,7 @@ class PRADA:
         kept = dict(self._kept)
         old = {label: torch.cdist(flat, kept[label]).amin(1) for label in kept if len(kept[label])}
         new: dict[int, list[int]] = {}
-        for row, label in enumerate(labels.tolist()):
+        for row, label in enumerate(scores.argmax(1).tolist()):
             self.queries += 1
             mine = new.setdefault(label, [])
             known = [float(old[label][row])] if label in old else []

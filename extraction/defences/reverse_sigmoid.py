@@ -36,7 +36,7 @@ class ReverseSigmoid:
             raise bad("gamma", gamma, "it must be above 0")
         self.beta, self.gamma = beta, gamma
 
-    def __call__(self, scores: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
         """Bent scores."""
         inner = scores.double().clamp(_EDGE, 1 - _EDGE)
         bent = inner - self.beta * (torch.sigmoid(self.gamma * torch.logit(inner)) - 0.5)

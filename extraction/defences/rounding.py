@@ -29,6 +29,6 @@ class Rounding:
             raise bad("decimals", decimals, "give a whole number from 0 to 15")
         self.decimals = decimals
 
-    def __call__(self, scores: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
         """Rounded scores, on the device and in the type of `scores`."""
         return torch.round(scores, decimals=self.decimals)

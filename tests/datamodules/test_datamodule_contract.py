@@ -32,6 +32,7 @@ from datamodules.sources.svhn import SVHN
 from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
 from extraction.knockoff_nets import KnockoffNets
+from extraction.oracle import LocalOracle
 from poisoning.adversarial_poison import AdversarialPoison
 from poisoning.badnets import BadNets
 from poisoning.bullseye_polytope import BullseyePolytope
@@ -88,7 +89,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     FeatureCollision: lambda base, seed: FeatureCollision(base, extractor(), 3, 5, iterations=2, seed=seed),
     BullseyePolytope: lambda base, seed: BullseyePolytope(base, extractor(), 3, 5, poisons=4, iterations=2, seed=seed),
     GradientMatching: lambda base, seed: GradientMatching(base, extractor(), 3, 5, iterations=2, restarts=2, seed=seed),
-    KnockoffNets: lambda base, seed: KnockoffNets(base, extractor(), budget=120, seed=seed),
+    KnockoffNets: lambda base, seed: KnockoffNets(base, LocalOracle(extractor()), budget=120, seed=seed),
     Triggered: lambda base, seed: Triggered(base, PixelPattern(), name="outer"),
     Unlearnable: lambda base, seed: Unlearnable(
         base, partial(MLP, hidden=[8]), "class_wise", 16, 0.5, seed, noise_steps=1, step_size=6.0, stop_error=0.99

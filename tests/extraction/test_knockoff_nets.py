@@ -11,9 +11,10 @@ import torch
 from classifiers.backbones import MLP
 from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
-from extraction import knockoff_nets
+from extraction import strategy
 from extraction.defences import GaussianNoise
 from extraction.knockoff_nets import KnockoffNets
+from extraction.oracle import LocalClient, LocalOracle
 from poisoning.label_flip import LabelFlip
 from tests.helpers import mlp, refused
 
@@ -34,7 +35,7 @@ def ready(data: KnockoffNets) -> KnockoffNets:
 
 @pytest.mark.parametrize("mode", ["label", "label_score", "top_k", "scores", "logits"])
 def test_labels_are_the_victims_and_no_others(victim: str, mode: str) -> None:
-    data = ready(KnockoffNets(Digits(), victim, 100, mode=mode, k=3 if mode == "top_k" else None, seed=1))
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim, mode, 3 if mode == "top_k" else None), 100, seed=1))
     everything = data.train_set.images_at(torch.arange(100))
     with torch.no_grad():
         expected = load_classifier(victim)(everything).softmax(1)
@@ -47,18 +48,17 @@ def test_labels_are_the_victims_and_no_others(victim: str, mode: str) -> None:
     if mode in ("scores", "logits"):
         torch.testing.assert_close(labels, expected, atol=1e-5, rtol=1e-4)
     # the ground truth has no influence: with all of the pool's labels flipped, the same set
-    flipped = ready(
-        KnockoffNets(LabelFlip(Digits(), 0.9), victim, 100, mode=mode, k=3 if mode == "top_k" else None, seed=1)
-    )
+    oracle = LocalOracle(victim, mode, 3 if mode == "top_k" else None)
+    flipped = ready(KnockoffNets(LabelFlip(Digits(), 0.9), oracle, 100, seed=1))
     assert torch.equal(flipped.train_set.labels, labels)
 
 
 def test_the_budget_is_spent_without_replacement_and_counted(victim: str) -> None:
-    data = ready(KnockoffNets(Digits(), victim, 100, price=2.0))
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim, price=2.0), 100))
     assert len(data.train_set.ids.unique()) == 100
-    assert data.facts() == {"answer_mode": "scores", "queries": 100, "cost": 0.2}
+    assert data.facts() == {"answer_mode": "scores", "queries": 100, "samples": 100, "cost": 0.2}
     pool = len(Digits_train())
-    everything = ready(KnockoffNets(Digits(), victim, 10**6))
+    everything = ready(KnockoffNets(Digits(), LocalOracle(victim), 10**6))
     assert everything.facts()["queries"] == len(everything.train_set) == pool
 
 
@@ -70,25 +70,32 @@ def Digits_train() -> torch.Tensor:
 
 
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one(victim: str) -> None:
-    small, large = (ready(KnockoffNets(Digits(), victim, n, seed=4)) for n in (50, 200))
+    small, large = (ready(KnockoffNets(Digits(), LocalOracle(victim), n, seed=4)) for n in (50, 200))
     assert torch.equal(small.train_set.ids, large.train_set.ids[:50])
-    other = ready(KnockoffNets(Digits(), victim, 50, seed=5))
+    other = ready(KnockoffNets(Digits(), LocalOracle(victim), 50, seed=5))
     assert set(other.train_set.ids.tolist()) != set(small.train_set.ids.tolist())
 
 
 def test_another_pool_gets_new_ids_and_the_tasks_measures(victim: str) -> None:
-    data = ready(KnockoffNets(Digits(), victim, 60, pool=Digits(split_seed=9)))
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim), 60, pool=Digits(split_seed=9)))
     own = set(Digits_train().tolist())
     assert own.isdisjoint(data.train_set.ids.tolist())
     named = {measure.name for each in data.evaluations("test") for measure in each.measures}
-    assert named == {"clean_accuracy", "holdout_accuracy", "fidelity"}
+    assert named == {
+        "clean_accuracy",
+        "holdout_accuracy",
+        "fidelity",
+        "fidelity_kl",
+        "fidelity_boundary",
+        "fidelity_boundary_kl",
+    }
     assert data.facts()["queries"] == 60, "an evaluation is none of the attacker's queries"
 
 
 def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knockoff_nets, "CHUNK", 40)
+    monkeypatch.setattr(strategy, "CHUNK", 40)
     asked: list[str] = []
-    query = knockoff_nets.Oracle.query
+    query = LocalClient.query
 
     def dying(self: object, images: torch.Tensor, request: str | None = None) -> object:
         asked.append(str(request))
@@ -97,26 +104,26 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(victim: str, monk
             raise KeyboardInterrupt  # charged, and the answer lost
         return answers
 
-    monkeypatch.setattr(knockoff_nets.Oracle, "query", dying)
-    data = KnockoffNets(Digits(), victim, 100, defence=GaussianNoise(0.1))
+    monkeypatch.setattr(LocalClient, "query", dying)
+    data = KnockoffNets(Digits(), LocalOracle(victim, defence=GaussianNoise(0.1)), 100)
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
-    again = ready(KnockoffNets(Digits(), victim, 100, defence=GaussianNoise(0.1)))
-    assert asked == ["chunk 0", "chunk 1", "chunk 1", "chunk 2"]
+    again = ready(KnockoffNets(Digits(), LocalOracle(victim, defence=GaussianNoise(0.1)), 100))
+    assert asked == ["pool 0", "pool 1", "pool 1", "pool 2"]
     assert again.facts()["queries"] == 100
     monkeypatch.setenv("PHARMAKON_CACHE", str(Path(victim).parent / "another"))
-    undisturbed = ready(KnockoffNets(Digits(), victim, 100, defence=GaussianNoise(0.1)))
+    undisturbed = ready(KnockoffNets(Digits(), LocalOracle(victim, defence=GaussianNoise(0.1)), 100))
     assert undisturbed.train_set.digest() == again.train_set.digest()
 
 
 def test_what_is_refused(victim: str) -> None:
     with refused("budget = 0"):
-        KnockoffNets(Digits(), victim, 0)
+        KnockoffNets(Digits(), LocalOracle(victim), 0)
     with refused("mode = 'score'", "scores"):
-        KnockoffNets(Digits(), victim, mode="score")
+        LocalOracle(victim, "score")
     with refused("temperature = 0"):
-        KnockoffNets(Digits(), victim, temperature=0.0)
+        KnockoffNets(Digits(), LocalOracle(victim), temperature=0.0)
     with refused("defence", "logits"):
-        KnockoffNets(Digits(), victim, mode="logits", defence=GaussianNoise())
+        LocalOracle(victim, "logits", defence=GaussianNoise())
     with refused("runs/victim_nobody", "lightning fit --config victim_nobody"):
-        KnockoffNets(Digits(), "runs/victim_nobody").prepare_data()
+        KnockoffNets(Digits(), LocalOracle("runs/victim_nobody")).prepare_data()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import shapiro
 from torch import Tensor
+from torch.nn import functional as F
 
 from extraction.defences.prada import PRADA
 from tests.helpers import refused
@@ -17,6 +18,10 @@ def natural(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     private = torch.Generator().manual_seed(seed)
     images = (128 + 40 * torch.randn(n, 1, 8, 8, generator=private)).clamp(0, 255).byte()
     return images, torch.randint(0, 3, (n,), generator=private)
+
+
+def scored(stream: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return stream[0], F.one_hot(stream[1], 3)
 
 
 def stepped(n: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +64,7 @@ def plain(images: Tensor, labels: Tensor, delta: float) -> tuple[list[float], in
 def test_as_published_in_any_batches(stream: tuple[Tensor, Tensor], size: int) -> None:
     detector = PRADA(0.95)
     for images, labels in zip(stream[0].split(size), stream[1].split(size), strict=True):
-        detector.observe(images, labels)
+        detector.observe(images, F.one_hot(labels, 3))
     distances, flagged_at = plain(*stream, 0.95)
     assert detector.flagged_at == flagged_at
     assert detector._distances[: len(distances)] == pytest.approx(distances, abs=1e-6)
@@ -67,26 +72,26 @@ def test_as_published_in_any_batches(stream: tuple[Tensor, Tensor], size: int) -
 
 def test_steps_are_flagged_and_natural_images_are_not() -> None:
     calm, attacked = PRADA(0.9), PRADA(0.9)
-    assert not calm.observe(*natural(400))
-    assert attacked.observe(*stepped(400))
+    assert not calm.observe(*scored(natural(400)))
+    assert attacked.observe(*scored(stepped(400)))
     assert attacked.smallest < 0.9 < calm.smallest
 
 
 def test_a_flag_stays() -> None:
     detector = PRADA(0.9)
-    detector.observe(*stepped(400))
+    detector.observe(*scored(stepped(400)))
     first = detector.flagged_at
     assert first is not None
     for seed in range(3, 9):
-        assert detector.observe(*natural(200, seed))
+        assert detector.observe(*scored(natural(200, seed)))
     assert detector.flagged_at == first
 
 
 def test_no_verdict_before_there_are_enough_and_equal_distances_are_an_attack() -> None:
     detector = PRADA(0.9, least=50)
     one = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    assert not detector.observe(one.expand(51, -1, -1, -1), torch.zeros(51, dtype=torch.int64))
-    assert detector.observe(one, torch.zeros(1, dtype=torch.int64))
+    assert not detector.observe(one.expand(51, -1, -1, -1), torch.ones(51, 3))
+    assert detector.observe(one, torch.ones(1, 3))
     assert detector.flagged_at == 52
 
 
