@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from classifiers.backbones.backbone import features_of, last_layer
+from classifiers.backbones.backbone import Backbone, features_of, last_layer
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
@@ -30,7 +30,8 @@ from datamodules.imageset import Batch
 from datamodules.measures import Evaluation, Hits, Interval, wilson
 from datamodules.random import derive
 
-BackboneFactory = Callable[[tuple[int, int, int], int], nn.Module]
+BackboneFactory = Callable[[tuple[int, int, int], int], Backbone] | Callable[[tuple[int, int, int], int], nn.Module]
+"""Any network will do; of two classes of one name, such as torchvision's MLP and ours, YAML means the `Backbone`."""
 ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
 OptimizerFactory = Callable[[Any], Optimizer]
 

@@ -201,7 +201,11 @@ VALUES = {
     "--model.channels_last=perhaps": ("model.channels_last = 'perhaps'", "true or false"),
     "--seed_everything=abc": ("seed_everything = 'abc'", "a whole number"),
     "--seed_everything=false": ("seed_everything = False", "give a number"),
-    "--model.backbone=MLP": ("model.backbone = 'MLP'", "write classifiers.backbones.MLP or torchvision"),
+    "--model.backbone=Linear": (
+        "model.backbone = 'Linear'",
+        "several classes have that name",
+        "write torch.nn.Linear or",
+    ),
     "--data=nosuch.module.Data": ("data: there is no module nosuch", "PYTHONPATH"),
     "--data=data/nosuch.yaml": ("data = 'data/nosuch.yaml'", "no such file"),
     "--trainer.logger.savedir=x": ("trainer.logger.savedir", "'save_dir'"),
