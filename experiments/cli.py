@@ -169,6 +169,8 @@ class CommandLine(LightningCLI):
         """Make data, model and trainer; a folder that was made for nothing goes."""
         try:
             super().instantiate_classes()
+            if self.subcommand == "fit" and isinstance(self.model, ImageClassifier):
+                self.model.make_optimizer()  # a value that it refuses is told before any costly work
         except BaseException:
             if self.folder is not None and not self.resumed:
                 rundir.remove_if_empty(self.folder)
