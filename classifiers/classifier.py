@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from classifiers.backbones.backbone import features_of, last_layer
+from classifiers.backbones.backbone import Backbone, features_of, last_layer
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
@@ -30,12 +31,16 @@ from datamodules.imageset import Batch
 from datamodules.measures import Evaluation, Hits, Interval, wilson
 from datamodules.random import derive
 
-BackboneFactory = Callable[[tuple[int, int, int], int], nn.Module]
+BackboneFactory = Callable[[tuple[int, int, int], int], Backbone] | Callable[[tuple[int, int, int], int], nn.Module]
+"""Any network will do; of two classes of one name, such as torchvision's MLP and ours, YAML means the `Backbone`."""
 ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
 OptimizerFactory = Callable[[Any], Optimizer]
 
 _CHECK_EVERY = 50
 """Steps between two looks at whether the loss is still a number: a look makes a GPU wait."""
+
+_CALLED = {"lr": "learning rate", "betas": "beta", "eps": "epsilon"}
+"""Arguments of optimizers by the names that torch has for them when it refuses a value."""
 
 
 class Running:
@@ -147,6 +152,7 @@ class ImageClassifier(LightningModule):
         self._targets: dict[int, Tensor] = {}
         self._draws = any("drop" in type(module).__name__.lower() for module in self.net.modules())
         self._losses = Running()
+        self._resumed: dict[str, Any] | None = None
 
     # --- answers -----------------------------------------------------------------------------------------------------
     def normalise(self, images: Tensor) -> Tensor:
@@ -180,15 +186,27 @@ class ImageClassifier(LightningModule):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def on_fit_start(self) -> None:
-        """Warn of a precision that the processor only imitates."""
+        """Refuse labels that plain training cannot use; warn of a precision that the processor only imitates."""
+        if type(self).training_step is ImageClassifier.training_step:  # another one may use unlabelled images
+            labels = self._datamodule().train_set.labels
+            unlabelled = int((labels < 0).sum()) if labels.ndim == 1 else 0
+            if unlabelled:
+                raise InputError(
+                    f"data: {unlabelled} of the {len(labels)} training samples have no label (−1); leave them out, "
+                    "label them, or train a model that uses unlabelled images"
+                )
         imitated = self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16")
         if imitated and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             rank_zero_warn("trainer.precision: this processor has no bfloat16, which makes it about ten times slower")
 
+    def on_train_epoch_start(self) -> None:
+        """Begin a new mean loss; not called where an epoch is resumed in its middle."""
+        self._losses.clear()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         if self._draws:
-            self._reseed()
+            self._reseed(batch_idx)
         loss = self.loss(self(batch.images), batch.labels)
         self._losses.add(loss.detach())
         if self._losses.count % _CHECK_EVERY == 0:
@@ -203,20 +221,46 @@ class ImageClassifier(LightningModule):
             self._losses.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stop rather than write a checkpoint of a model whose loss is no number, in mid-epoch too."""
+        """Keep the epoch's losses so far; stop rather than write a model whose loss is no number, in mid-epoch too.
+
+        Of several processes the first one's are kept, and all go on with them: `train/loss` of an epoch that was
+        resumed in its middle is then exact for the batches since, and before that the first process's share of each.
+        """
         self._check_loss()
+        losses = self._losses
+        checkpoint["losses"] = {"epoch": self.current_epoch, "sum": losses.sum.cpu(), "count": losses.count}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take note of the losses of the epoch."""
+        self._resumed = checkpoint.get("losses")
+
+    def on_train_start(self) -> None:
+        """Go on with the losses of an epoch that is resumed in its middle."""
+        losses, self._resumed = self._resumed, None
+        self._losses.clear()
+        if losses is not None and losses["epoch"] == self.current_epoch:
+            self._losses.sum, self._losses.count = losses["sum"].to(self.device), losses["count"]
 
     @property
     def mean_loss(self) -> Tensor:
         """Of the epoch's batches so far, on this rank; NaN before the first."""
         return self._losses.sum / self._losses.count if self._losses.count else torch.tensor(float("nan"))
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer of the configuration over what is not frozen, with its schedule, step by step."""
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer of the configuration over what is not frozen.
+
+        Raises:
+            InputError: If all is frozen, or the optimizer refuses one of its values.
+        """
         trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         if not trained:
             raise bad("backbone", type(self.net).__name__, "all of it is frozen, so there is nothing to train")
-        optimizer = self.optimizer_factory(trained)
+        optimizer: Optimizer = _made("optimizer", self.optimizer_factory, trained)
+        return optimizer
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the configuration, with its schedule, step by step."""
+        optimizer = self.make_optimizer()
         if self.schedule_factory is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -224,7 +268,10 @@ class ImageClassifier(LightningModule):
             raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give a number of epochs")
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule_factory(optimizer, int(steps)), "interval": "step"},
+            "lr_scheduler": {
+                "scheduler": _made("schedule", self.schedule_factory, optimizer, int(steps)),
+                "interval": "step",
+            },
         }
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -235,10 +282,12 @@ class ImageClassifier(LightningModule):
 
         return [EMAWeightAveraging(decay=self.ema)]
 
-    def _reseed(self) -> None:
-        """Make dropout depend on (seed, step, rank) alone: the same after resuming."""
+    def _reseed(self, batch_idx: int) -> None:
+        """Make dropout depend on (seed, step, rank, batch of the step) alone: the same after resuming."""
         seed = self._datamodule().loading.training_seed()
-        key = derive(seed, f"step {self.global_rank}", self.global_step) & (2**63 - 1)
+        part = batch_idx % self.trainer.accumulate_grad_batches  # of several batches to a step, each has its own masks
+        purpose = f"step {self.global_rank} part {part}" if part else f"step {self.global_rank}"
+        key = derive(seed, purpose, self.global_step) & (2**63 - 1)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(key)
         else:
@@ -427,6 +476,26 @@ def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -
     except TypeError as error:  # arguments that the class does not have
         raise InputError(f"weights = {str(path)!r}: {architecture.class_path} cannot be rebuilt ({error})") from error
     return model.eval()
+
+
+def _made(field: str, factory: Callable[..., Any], *given: Any) -> Any:
+    """What `factory` makes of `given`; a value of the configuration that it refuses, in one line."""
+    try:
+        return factory(*given)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # torch has no one way to refuse a value
+        text = " ".join(str(error).split())
+        values, kind = {}, factory
+        if isinstance(factory, partial):
+            values = factory.keywords
+            kind = next((each for each in (factory.func, *factory.args) if isinstance(each, type)), factory.func)
+        named = [name for name in values if re.search(rf"\b{_CALLED.get(name, name)}\b", text, re.IGNORECASE)]
+        if len(named) == 1:
+            raise bad(f"{field}.{named[0]}", values[named[0]], f"refused ({text}); give another value") from error
+        some = ", ".join(f"{name}={values[name]!r}" for name in named or values)
+        name = getattr(kind, "__name__", type(kind).__name__)
+        raise InputError(f"{field} = {name}({some}): refused ({text}); give other values") from error
 
 
 def _describe(

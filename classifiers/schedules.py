@@ -69,7 +69,7 @@ class Steps(LambdaLR):
         optimizer: Its learning rate is the first.
         total_steps: Steps of the training.
         milestones: Shares of the training, ascending, such as [0.5, 0.75].
-        factor: What the rate is multiplied by.
+        factor: What the rate is multiplied by, above 0.
     """
 
     def __init__(
@@ -79,5 +79,9 @@ class Steps(LambdaLR):
         milestones: Sequence[float] = (0.5, 0.75),
         factor: float = 0.1,
     ) -> None:
+        if any(not 0 < share < 1 for share in milestones) or list(milestones) != sorted(milestones):
+            raise bad("milestones", list(milestones), "shares of the training, ascending, each in (0, 1), are expected")
+        if not 0 < factor < math.inf:
+            raise bad("factor", factor, "what the rate is multiplied by must be above 0")
         steps = [share * total_steps for share in milestones]
         super().__init__(optimizer, lambda step: factor ** sum(step >= at for at in steps))

@@ -107,6 +107,9 @@ class ImageDataModule(LightningDataModule, ABC):
         """A training batch, augmented; rewrites change it after that in `rewrite_batch`."""
         return batch
 
+    def copied(self, ids: Tensor, origins: Tensor) -> None:
+        """Take note that a rewrite outside added copies: training samples `ids` of `origins`, both int64 (M,)."""
+
     def rewrite_batch(self, batch: Batch) -> Batch:
         """A batch after augmentation, with the triggers that are stamped at this point."""
         return batch

@@ -36,7 +36,7 @@ class Rewrite(ImageDataModule):
 
     # --- what a subclass overrides -----------------------------------------------------------------------------------
     def rewrite(self, train: ImageSet) -> ImageSet:
-        """The new training set. Report what changed by `record`, take new ids from `fresh_ids`."""
+        """The new training set. Report changes by `record` and copies to the base by `copied`; ids: `fresh_ids`."""
         return train
 
     # --- for the subclass --------------------------------------------------------------------------------------------
@@ -137,6 +137,10 @@ class Rewrite(ImageDataModule):
     def augment(self, batch: Batch, epoch: int) -> Batch:
         """The base's."""
         return self.base.augment(batch, epoch)
+
+    def copied(self, ids: torch.Tensor, origins: torch.Tensor) -> None:
+        """Tell the base; a rewrite that goes by ids in `rewrite_batch` adds those of copies to them."""
+        self.base.copied(ids, origins)
 
     def rewrite_batch(self, batch: Batch) -> Batch:
         """The base's."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.errors import InputError, bad
-from experiments.registry import configs_folder, find_config
+from experiments.registry import configs_folder, find_config, shipped
 
 COMMANDS = ("fit", "validate", "test", "predict")
 """Those of Lightning's own command line."""
@@ -53,7 +53,7 @@ def prepare(args: list[str]) -> Arguments:
         elif re.search(r"\$\{[A-Za-z][\w.]*\}", value):
             raise bad(key.lstrip("-"), value, "keys are looked up in YAML only; write it in a file, or give the value")
         else:
-            prepared.append(f"{key}={_shipped(value)}" if equals else _shipped(arg))
+            prepared.append(f"{key}={shipped(value)}" if equals else shipped(arg))
     if not resume:
         return Arguments(prepared, name, None)
     folder = Path(resume)
@@ -98,11 +98,3 @@ def _name(config: str) -> str | None:
     if path.stem == "config" and (path.parent / "status.json").is_file():  # what a run left behind
         return path.parent.parent.name
     return path.stem
-
-
-def _shipped(value: str) -> str:
-    """The path of a shipped YAML that was given as, say, ``data/mnist.yaml``; anything else as it is."""
-    if not value.endswith(".yaml") or Path(value).exists():
-        return value
-    path = configs_folder() / value.removeprefix("configs/")
-    return str(path) if path.is_file() else value

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -31,10 +31,33 @@ from experiments.checkpoints import AtomicCheckpointIO, check_checkpoint
 from experiments.complaints import input_error, one_line
 from experiments.memory import keep_freed_memory
 from experiments.record import Record, print_table
-from experiments.registry import configs_folder, import_all
+from experiments.registry import configs_folder, import_all, shipped
 from experiments.wandb_logger import Wandb
 
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+MODE = "omegaconf+"
+"""How the parser reads YAML: OmegaConf's interpolations, over all configs together."""
+
+
+def _find_shipped(value: Any) -> Any:
+    """Content of a YAML, in which files that are not beside it but among the shipped ones have their whole path."""
+    if isinstance(value, dict):
+        return {key: _find_shipped(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_find_shipped(part) for part in value]
+    return shipped(value) if isinstance(value, str) else value
+
+
+def _read_yaml_our_way() -> None:
+    """Let a YAML in any folder name shipped parts: ``base: data/digits.yaml``."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    first = ArgumentParser(parser_mode=MODE)
+    first.add_argument("--key")
+    first.parse_string("key: value")  # the mode's own loader is there after its first use
+    load = get_loader(MODE)
+    set_loader(MODE, lambda text: _find_shipped(load(text)), (yaml.YAMLError,))
+
+
+_read_yaml_our_way()
 
 KEPT = ("seed_everything", "trainer", "model", "data")
 """What of a command's configuration goes into config.yaml: what each command has, so that any of them can take it."""
@@ -47,7 +70,7 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, with the settings that every one of ours has."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs |= {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
+        kwargs |= {"exit_on_error": False, "allow_abbrev": False, "parser_mode": MODE}
         super().__init__(*args, **kwargs)
 
 
@@ -146,6 +169,8 @@ class CommandLine(LightningCLI):
         """Make data, model and trainer; a folder that was made for nothing goes."""
         try:
             super().instantiate_classes()
+            if self.subcommand == "fit" and isinstance(self.model, ImageClassifier):
+                self.model.make_optimizer()  # a value that it refuses is told before any costly work
         except BaseException:
             if self.folder is not None and not self.resumed:
                 rundir.remove_if_empty(self.folder)

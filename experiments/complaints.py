@@ -148,7 +148,7 @@ def _wrong_value(branch: _Branch, leaves: list[str], where: str) -> str:
     value = None if value is None else value.strip("'\"")
     field = where if value is None or len(value) > 60 or value.startswith("{") else f"{where} = {value!r}"
     if value is not None and re.search(r"\.(ya?ml|json)$", value):
-        return f"{field}: there is no such file, beside the YAML that names it or here"
+        return f"{field}: there is no such file, beside the YAML that names it, here, or among the shipped ones"
     expected = list(dict.fromkeys(_expected(text)))
     classes = re.findall(
         r"(?:subclass of|function that returns) (?:<class ')?(?:\w+\.)*(\w+)|Type \S+ expects a (\w+)", text

@@ -50,6 +50,17 @@ def find_config(name: str) -> str:
     raise InputError(f"config = {name!r}: there is no such file, and no shipped config of that name{hint}")
 
 
+def shipped(value: str) -> str:
+    """The path of a shipped YAML that was given as, say, ``data/mnist.yaml``; anything else as it is.
+
+    A file of that name in the working directory – which, while a YAML is read, is that YAML's folder – comes first.
+    """
+    if not value.endswith(".yaml") or Path(value).exists():
+        return value
+    path = configs_folder() / value.removeprefix("configs/")
+    return str(path) if path.is_file() else value
+
+
 def _check(path: Path) -> None:
     import yaml
 

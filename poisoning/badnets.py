@@ -108,7 +108,8 @@ class BadNets(Rewrite):
         self.placement = placement
         self.seed = seed
         self.suffix = f"_{name}" if name else ""
-        self._poisoned_ids = torch.empty(0, dtype=torch.int64)
+        self._poisoned = 0
+        self._stamped_ids = torch.empty(0, dtype=torch.int64)
         self._evaluated: dict[str, list[Evaluation]] = {}
 
     def rewrite(self, train: ImageSet) -> ImageSet:
@@ -126,23 +127,32 @@ class BadNets(Rewrite):
         if self.mode == "add":
             rows = torch.cat([rows, chosen])
             new_labels = torch.cat([labels, wanted[chosen]])
-            ids = torch.cat([ids, self.fresh_ids(m)])
+            added = self.fresh_ids(m)
+            self.base.copied(added, train.ids[chosen])
+            ids = torch.cat([ids, added])
             changed = torch.cat([changed, torch.ones(m, dtype=torch.bool)])
         else:
             new_labels[chosen] = wanted[chosen]
             changed[chosen] = True
-        self._poisoned_ids = ids[changed].sort().values
+        self._poisoned = m
+        self._stamped_ids = ids[changed].sort().values
         self.record(Changes("BadNets", ids[changed], train.ids[chosen], labels[chosen], wanted[chosen]))
         key = json.dumps({**self.trigger.describe(), "placement": self.placement}, sort_keys=True)
         stamp = self._stamp if self.placement == "before" else _as_it_is
         return Overlay(train, rows, labels=new_labels, ids=ids, changed=changed, rewriter=stamp, key=key)
+
+    def copied(self, ids: Tensor, origins: Tensor) -> None:
+        """A copy of a triggered image carries the trigger, whichever side of augmentation it is stamped on."""
+        super().copied(ids, origins)
+        copies = ids[torch.isin(origins, self._stamped_ids)]
+        self._stamped_ids = torch.cat([self._stamped_ids, copies]).sort().values
 
     def rewrite_batch(self, batch: Batch) -> Batch:
         """Stamp the poisoned samples of an augmented batch, if that is where the trigger goes."""
         batch = self.base.rewrite_batch(batch)
         if self.placement == "before":
             return batch
-        known = self._poisoned_ids = self._poisoned_ids.to(batch.ids.device)
+        known = self._stamped_ids = self._stamped_ids.to(batch.ids.device)
         at = torch.searchsorted(known, batch.ids).clamp_max(len(known) - 1)
         rows = (known[at] == batch.ids).nonzero().squeeze(1)
         if not len(rows):
@@ -167,11 +177,11 @@ class BadNets(Rewrite):
     def facts(self) -> Facts:
         """How much was poisoned, and with what."""
         found: Facts = {
-            "poisoned": len(self._poisoned_ids),
-            "poisoned_share_of_set": len(self._poisoned_ids) / max(1, len(self.train_set)),
+            "poisoned": self._poisoned,
+            "poisoned_share_of_set": self._poisoned / max(1, len(self.train_set)),
             "poison_fraction": self.poison_fraction,
             "poison_seed": self.seed,
-            "trigger": json.dumps(self.trigger.describe()),
+            "trigger": json.dumps(self.trigger.summary()),
             "trigger_placement": self.placement,
         }
         return {**self.base.facts(), **{key + self.suffix: value for key, value in found.items()}}

@@ -50,6 +50,7 @@ class LabelFlip(Rewrite):
             of that class are not eligible.
         target_label: The class for ``to_class``.
         seed: Of the draw of images and of the random labels.
+        name: Appended to the facts' names (`flipped_<name>`), for two of them in one set.
 
     Raises:
         InputError: If a value is out of its range, or more images are asked for than are eligible.
@@ -62,6 +63,7 @@ class LabelFlip(Rewrite):
         kind: Literal["random", "pairwise", "to_class"] = "random",
         target_label: int | None = None,
         seed: int = 0,
+        name: str | None = None,
     ) -> None:
         super().__init__(base)
         check_fraction("flip_fraction", flip_fraction)
@@ -74,6 +76,7 @@ class LabelFlip(Rewrite):
         if base.num_classes < 2:
             raise InputError("LabelFlip: with one class there is no wrong label")
         self.flip_fraction, self.kind, self.target_label, self.seed = flip_fraction, kind, target_label, seed
+        self.suffix = f"_{name}" if name else ""
 
     def rewrite(self, train: ImageSet) -> ImageSet:
         """The training set with wrong labels in it."""
@@ -92,9 +95,9 @@ class LabelFlip(Rewrite):
     def facts(self) -> Facts:
         """How many labels were flipped."""
         own = self._changes[-1] if self._changes else None
-        return {
-            **self.base.facts(),
+        found: Facts = {
             "flipped": 0 if own is None else len(own.ids),
             "flip_fraction": self.flip_fraction,
             "flip_seed": self.seed,
         }
+        return {**self.base.facts(), **{key + self.suffix: value for key, value in found.items()}}

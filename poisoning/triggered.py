@@ -61,7 +61,7 @@ class Triggered(Rewrite):
 
     def facts(self) -> Facts:
         """What was stamped."""
-        return {**self.base.facts(), f"measured_trigger{self.suffix}": json.dumps(self.trigger.describe())}
+        return {**self.base.facts(), f"measured_trigger{self.suffix}": json.dumps(self.trigger.summary())}
 
     def _triggered(self, images: ImageSet) -> list[Evaluation]:
         key = json.dumps(self.trigger.describe(), sort_keys=True)

@@ -6,6 +6,7 @@ watermark trigger sets stamp, so triggers live below both.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import InputError, bad
+from datamodules.imageset import fingerprint
+
+_SHORT = 80
+"""Characters of JSON that a value may take in a summary."""
 
 
 class Trigger(ABC):
@@ -46,7 +51,13 @@ class Trigger(ABC):
 
     @abstractmethod
     def describe(self) -> Mapping[str, object]:
-        """What determines the trigger: it enters hashes and the manifest."""
+        """What determines the trigger, every pixel: it enters hashes."""
+
+    def summary(self) -> Mapping[str, object]:
+        """What manifests and metrics say of it: its description without what is long, and a hash of all of it."""
+        described = self.describe()
+        short = {key: value for key, value in described.items() if len(json.dumps(value)) <= _SHORT}
+        return {**short, "hash": fingerprint(json.dumps(described, sort_keys=True))}
 
 
 def blend(images: Tensor, values: Tensor, opacity: Tensor) -> Tensor:
@@ -130,3 +141,8 @@ class Stamp(Trigger):
             "values": self.values.tolist(),
             "opacity": self.opacity.tolist(),
         }
+
+    def summary(self) -> Mapping[str, object]:
+        """Name, place, height and width, the number of pixels that it covers, and a hash."""
+        all_of_it = {**super().summary(), "size": list(self.opacity.shape), "pixels": int((self.opacity > 0).sum())}
+        return {key: value for key, value in all_of_it.items() if key not in ("values", "opacity")}

@@ -251,6 +251,92 @@ def test_dropout_depends_on_seed_and_step_alone() -> None:
     assert not same(trained(3, noise=1), trained(4, noise=1))
 
 
+def test_batches_of_one_step_have_masks_of_their_own() -> None:
+    def masks(accumulate: int) -> list[tuple[int, Tensor]]:
+        data = Digits(seed=0)
+        model = mlp(data, backbone=partial(MLP, hidden=[64], dropout=0.5))
+        (dropout,) = (module for module in model.net.modules() if isinstance(module, nn.Dropout))
+        dropped: list[tuple[int, Tensor]] = []
+
+        def look(_: nn.Module, given: Any, result: Tensor) -> None:
+            dropped.append((trainer.global_step, torch.nn.functional.dropout(torch.ones(99))))  # what comes next
+
+        dropout.register_forward_hook(look)
+        trainer = tiny_trainer(
+            max_epochs=2, limit_train_batches=6, limit_val_batches=0, accumulate_grad_batches=accumulate
+        )
+        trainer.fit(model, data)
+        return dropped
+
+    plain, three = masks(1), masks(3)
+    assert [step for step, _ in three] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len({tuple(mask.tolist()) for _, mask in three}) == 12, "each batch has its own"
+    for (step, mask), (again, other) in zip(three, masks(3), strict=True):
+        assert step == again
+        assert torch.equal(mask, other)
+    for step in range(4):  # a step's first batch is keyed by the step alone, as without accumulation
+        assert torch.equal(three[3 * step][1], plain[step][1])
+
+
+class Unlabelled(Rewrite):
+    """The labels of some rows taken away."""
+
+    def rewrite(self, train: ImageSet) -> ImageSet:
+        labels = train.labels.clone()
+        labels[::10] = -1
+        return Overlay(train, torch.arange(len(train)), labels=labels)
+
+
+def test_images_without_a_label_are_counted_and_refused_before_training() -> None:
+    data = Unlabelled(Digits())
+    model = mlp(data)
+    before = state(model)
+    with refused("114 of the 1132 training samples have no label", "leave them out"):
+        tiny_trainer(max_epochs=1).fit(model, data)
+    assert same(before, state(model))
+
+
+def test_training_of_ones_own_may_use_images_without_a_label() -> None:
+    class Semi(ImageClassifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            known = batch.labels >= 0
+            return F.cross_entropy(self(batch.images[known]), batch.labels[known])
+
+    data = Unlabelled(Digits())
+    tiny_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0).fit(mlp(data, kind=Semi), data)
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(1, 0), (3, 0), (4, 1), (5, 1), (6, 1)])
+def test_the_mean_loss_of_a_resumed_epoch_is_of_all_its_batches(step: int, epoch: int, tmp_path: Path) -> None:
+    """Bit for bit; step 4 is the last of the first epoch, which Lightning then takes for complete."""
+
+    class Look(Callback):
+        def __init__(self) -> None:
+            self.losses: dict[int, float] = {}
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.losses[trainer.current_epoch] = float(pl_module.mean_loss)
+
+    def fitted(*callbacks: Callback, path: Path | None = None) -> dict[int, float]:
+        torch.manual_seed(0)
+        data = Digits(seed=0, batch_size=283)  # four batches in an epoch
+        look = Look()
+        trainer = tiny_trainer(
+            max_epochs=3,
+            limit_val_batches=0,
+            enable_checkpointing=True,
+            callbacks=[look, *callbacks],
+            default_root_dir=tmp_path / "trainer",
+        )
+        trainer.fit(mlp(data), data, ckpt_path=path, weights_only=True)
+        return look.losses
+
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fitted(every)
+    resumed = fitted(path=tmp_path / f"step={step}.ckpt")
+    assert resumed == {each: loss for each, loss in whole.items() if each >= epoch}
+
+
 def test_the_moving_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
     data = Digits(seed=0)
     decay = 0.7

@@ -72,6 +72,12 @@ def test_what_is_out_of_range_is_refused() -> None:
     for warmup in (-0.1, 1.0):
         with refused(f"warmup = {warmup}"):
             rates(Cosine, 4, warmup=warmup)
+    for milestones in ([0.0, 0.5], [0.5, 1.0], [0.75, 0.5], [30, 60], [float("nan")]):
+        with refused(f"milestones = {milestones}", "(0, 1)"):
+            rates(Steps, 4, milestones=milestones)
+    for factor in (0.0, -1.0, float("nan")):
+        with refused(f"factor = {factor}", "above 0"):
+            rates(Steps, 4, factor=factor)
 
 
 def test_a_trainer_gives_the_number_of_steps_and_steps_once_for_each_batch() -> None:

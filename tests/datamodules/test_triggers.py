@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -425,10 +426,33 @@ def test_descriptions_are_json_and_tell_triggers_apart() -> None:
         Sticker(white, mask, 0.1, [0.5, 0.5]),
         Sticker(white, mask.tril(), 0.1, [0.5, 0.5]),
     ]
+    assert len({trigger.summary()["hash"] for trigger in triggers}) == len(triggers)
     texts = [json.dumps(trigger.describe(), sort_keys=True, allow_nan=False) for trigger in triggers]
     assert len(set(texts)) == len(texts)
     assert json.dumps(SinglePixel().describe()) == json.dumps(SinglePixel().describe())
     assert json.dumps(Bomb().describe()) == json.dumps(Bomb().describe())
+
+
+def test_a_summary_is_short_and_counts_pixels() -> None:
+    large = Square(64, row=0, column=2)
+    assert len(json.dumps(large.describe())) > 30_000
+    found = dict(large.summary())
+    assert len(str(found.pop("hash"))) == 64
+    assert found == {"name": "Square", "row": 0, "column": 2, "size": [64, 64], "pixels": 4096}
+    found = dict(PixelPattern().summary())
+    assert found["pixels"] == 4, "what lies between them is not covered"
+    assert found["size"] == [3, 3]
+    assert large.summary()["hash"] != Square(64, row=0, column=3).summary()["hash"]
+    found = dict(YellowSquare().summary())
+    assert (found["name"], found["share"], found["centre"]) == ("YellowSquare", 0.10, [0.57, 0.82])
+
+    class Wave(Square):
+        """Of someone else's, with a long description."""
+
+        def describe(self) -> Mapping[str, object]:
+            return {"name": "Wave", "height": 3, "table": list(range(1000))}
+
+    assert set(Trigger.summary(Wave())) == {"name", "height", "hash"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from classifiers.backbones import Backbone
@@ -189,6 +191,40 @@ def test_shipped_parts_by_name_on_the_command_line() -> None:
     config = config_of(LINE, "--data=data/mnist.yaml", "--model", "configs/model/badnets_cnn.yaml")
     assert config["data"]["class_path"] == "datamodules.sources.mnist.MNIST"
     assert config["model"]["init_args"]["backbone"]["class_path"].endswith("BadNetsCNN")
+
+
+def test_shipped_parts_in_a_yaml_from_elsewhere(here: Path, tmp_path: Path) -> None:
+    text = (configs_folder() / "badnets_digits.yaml").read_text()
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "badnets_digits.yaml").write_text(text.replace("model/small", "configs/model/small"))
+    want = config_of(LINE)
+    assert config_of(f"--config={folder}/badnets_digits.yaml") == want
+    content = yaml.safe_load(text)
+    assert config_of("--config", json.dumps(content)) == want, "a dictionary names them too"
+
+    (folder / "data").mkdir()  # what lies beside the YAML comes first, and names shipped parts in its turn
+    (folder / "data/digits.yaml").write_text("class_path: LabelFlip\ninit_args: {base: data/digits_0_to_4.yaml}\n")
+    base = config_of(f"--config={folder}/badnets_digits.yaml")["data"]["init_args"]["base"]
+    assert base["class_path"].endswith("LabelFlip")
+    assert base["init_args"]["base"]["init_args"]["classes"] == [0, 1, 2, 3, 4]
+    (here / "data").mkdir()  # the working directory has no say in a YAML that lies elsewhere
+    (here / "data/digits_0_to_4.yaml").write_text("class_path: MNIST\n")
+    assert config_of(f"--config={folder}/badnets_digits.yaml")["data"]["init_args"]["base"] == base
+
+
+def test_of_two_classes_of_one_name_ours_is_meant(here: Path) -> None:
+    import torchvision.ops
+
+    assert issubclass(torchvision.ops.MLP, torch.nn.Module)
+    (here / "short.yaml").write_text("model: {init_args: {backbone: MLP}}\n")
+    (here / "long.yaml").write_text("model: {init_args: {backbone: {class_path: MLP, init_args: {hidden: [7]}}}}\n")
+    for given in (["--model.backbone=MLP"], ["--config=short.yaml"], ["--config=long.yaml"]):
+        backbone = config_of(LINE, *given)["model"]["init_args"]["backbone"]
+        assert backbone["class_path"] == "classifiers.backbones.MLP"
+    assert backbone["init_args"]["hidden"] == [7]
+    other = config_of(LINE, "--model.backbone=torch.nn.Flatten")
+    assert other["model"]["init_args"]["backbone"]["class_path"] == "torch.nn.Flatten"
 
 
 def test_lists_grow(here: Path) -> None:

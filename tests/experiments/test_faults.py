@@ -54,8 +54,8 @@ AVERAGE = (
 )
 
 
-WHOLE: dict[tuple[str, ...], tuple[str, Any]] = {}
-"""Options → weights' hash and metrics of the run that nothing interrupted."""
+WHOLE: dict[tuple[str, ...], tuple[str, Any, Any]] = {}
+"""Options → weights' hash, metrics and curves of the run that nothing interrupted."""
 
 
 WORKERS = (
@@ -120,6 +120,14 @@ def interrupt(where: str, **more: object) -> list[str]:
     ]
 
 
+def curves(run: Path) -> Any:
+    """Loss and holdout of each epoch, as the run's last checkpoint has them."""
+    (record,) = (
+        state for name, state in load_checkpoint(run / "checkpoints/epoch=2.ckpt")["callbacks"].items() if "Rec" in name
+    )
+    return record["history"]
+
+
 def same_weights(a: Path, b: Path) -> bool:
     return weights_hash(a) == weights_hash(b)
 
@@ -146,7 +154,7 @@ def test_interrupted_run_ends_as_if_it_had_not_been(
     if options not in WHOLE:
         assert lightning(*setting, "--trainer.default_root_dir=whole").code == 0
         whole = only_run("whole")
-        WHOLE[options] = weights_hash(whole), read_json(whole / "metrics.json")
+        WHOLE[options] = weights_hash(whole), read_json(whole / "metrics.json"), curves(whole)
     outcome = lightning(*setting, *interrupt(where, epoch=epoch))
     broken = only_run()
     assert outcome.code == 143, outcome
@@ -156,11 +164,12 @@ def test_interrupted_run_ends_as_if_it_had_not_been(
     assert not (broken / "metrics.json").exists()
     assert lightning("fit", "--resume", str(broken)).code == 0
     assert read_json(broken / "status.json")["status"] == "finished"
-    expected, metrics = WHOLE[options]
+    expected, metrics, drawn = WHOLE[options]
     assert weights_hash(broken) == expected
     assert read_json(broken / "metrics.json")["measures"] == metrics["measures"]
     assert read_json(broken / "metrics.json")["epochs"] == metrics["epochs"] == 3
     assert runs() == [broken]
+    assert curves(broken) == drawn, "the losses of the interrupted epoch too"
 
 
 def test_crashed_run_goes_on_from_the_last_epoch(lightning: Command, here: Path) -> None:

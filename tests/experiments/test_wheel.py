@@ -88,6 +88,14 @@ data:
     poison_fraction: 0.2
 """
 
+PARTS = """
+# Shipped parts
+model: model/small_cnn.yaml
+data:
+  class_path: LabelFlip
+  init_args: {base: data/digits.yaml}
+"""
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -106,6 +114,7 @@ assert __main__.main(["list"]) == 0
 from experiments import run
 
 result = run("badnets_digits", overrides=["trainer.max_epochs=1", "trainer.enable_progress_bar=false"])
+parts = run("parts.yaml", overrides=["trainer.max_epochs=1", "trainer.enable_progress_bar=false"], show=False)
 own = run("mine.yaml", overrides=["data.seed=4"])
 
 import datamodules.datamodule, classifiers.classifier, mine
@@ -116,6 +125,7 @@ assert isinstance(own.model.net, mine.Net) and own.model.net.head.in_features ==
 assert __main__.main(["test", "--config=mine.yaml", f"--model.weights={own.directory}/weights.safetensors"]) == 0
 print(json.dumps({
     "shipped": {name: each.n for name, each in result.measures.items()},
+    "parts": parts.facts,
     "own": {name: [each.value, each.n] for name, each in own.measures.items()},
     "facts": own.facts,
     "directories": [str(result.directory), str(own.directory)],
@@ -157,6 +167,7 @@ def test_from_outside_with_classes_of_ones_own(wheel: Path, tmp_path: Path, here
         archive.extractall(installed)
     (here / "mine.py").write_text(MINE)
     (here / "mine.yaml").write_text(CONFIG)
+    (here / "parts.yaml").write_text(PARTS)
     (here / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": f"{installed}"}
     done = subprocess.run(
@@ -167,10 +178,13 @@ def test_from_outside_with_classes_of_ones_own(wheel: Path, tmp_path: Path, here
     assert "badnets_digits" in done.stdout, "the list"
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["shipped"]["clean_accuracy"] == 539
+    assert found["parts"]["flipped"] == round(0.1 * (1258 - 126))
     assert found["own"]["clean_accuracy"][1] == 30
     assert found["own"]["attack_success_rate"][1] == 20
     assert found["facts"]["poisoned"] == round(0.2 * (90 - round(0.05 * 90)))
-    assert json.loads(found["facts"]["trigger"]) == {"name": "Corner", "grey": 99}
+    trigger = json.loads(found["facts"]["trigger"])
+    assert len(trigger.pop("hash")) == 64
+    assert trigger == {"name": "Corner", "grey": 99}
     folders = [Path(each) for each in found["directories"]]
     assert [folder.parent.name for folder in folders] == ["badnets_digits", "mine"]
     assert all((folder / "metrics.json").is_file() for folder in folders)

@@ -356,6 +356,32 @@ def test_both_placements_nest() -> None:
     assert torch.equal(corner, torch.isin(batch.ids, second.ids))
 
 
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_a_copy_of_an_image_that_is_stamped_later_is_stamped_too(placement: Any) -> None:
+    """Three deep: what the second copies of the first, and the third of both."""
+    first = BadNets(Digits(), SinglePixel(), target_label=1, poison_fraction=0.5, placement="after", seed=1, name="a")
+    second = BadNets(
+        first, Square(1, row=0, column=0), target_label=2, poison_fraction=0.5, placement=placement, seed=2, name="b"
+    )
+    third = badnets(Square(1, row=0, column=7), second, target_label=3, poison_fraction=0.5, seed=3, name="c")
+    batch = third.materialise(torch.arange(len(third.train_set)))
+    made = [{}, {}, {}]
+    for copies, changes in zip(made, third.changes(), strict=True):
+        copies |= dict(zip(changes.ids.tolist(), changes.origins.tolist(), strict=True))
+    twice = thrice = 0
+    for image, number in zip(batch.images, batch.ids.tolist(), strict=True):
+        in_third, sample = number in made[2], made[2].get(number, number)
+        in_second, sample = sample in made[1], made[1].get(sample, sample)
+        in_first = sample in made[0]
+        found = image[0, -2, -2] == 255, image[0, 0, 0] == 255, image[0, 0, 7] == 255
+        twice += in_first and in_second
+        thrice += in_first and in_second and in_third
+        for is_there, should in zip(found, (in_first, in_second, in_third), strict=True):
+            assert is_there or not should
+    assert twice > thrice > 0
+    assert third.facts()["poisoned_a"] == 566, "copies made by others are not counted"
+
+
 # --- stickers ---------------------------------------------------------------------------------------------------------
 def test_a_sticker_lies_on_each_images_own_box() -> None:
     base = Signs(val_fraction=0.25)

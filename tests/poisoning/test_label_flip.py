@@ -53,6 +53,13 @@ def test_to_one_class_leaves_its_own_images_alone() -> None:
         label_flip(kind="to_class", target_label=7, flip_fraction=0.9)
 
 
+def test_two_in_one_set_keep_their_facts() -> None:
+    inner = LabelFlip(Digits(), 0.1, "pairwise", seed=1, name="first")
+    facts = label_flip(inner, flip_fraction=0.2, seed=2).facts()
+    assert (facts["flipped_first"], facts["flip_fraction_first"], facts["flip_seed_first"]) == (113, 0.1, 1)
+    assert (facts["flipped"], facts["flip_fraction"], facts["flip_seed"]) == (226, 0.2, 2)
+
+
 def test_images_ids_and_the_other_sets_are_untouched() -> None:
     plain = Digits()
     plain.setup()
