@@ -263,7 +263,7 @@ class ImageClassifier(LightningModule):
         optimizer = self.make_optimizer()
         if self.schedule_factory is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
+        steps = self.total_steps()
         if steps == float("inf"):
             raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give a number of epochs")
         return {
@@ -273,6 +273,10 @@ class ImageClassifier(LightningModule):
                 "interval": "step",
             },
         }
+
+    def total_steps(self) -> float:
+        """Steps of the schedule."""
+        return self.trainer.estimated_stepping_batches
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """The moving average of the weights, if there is to be one."""

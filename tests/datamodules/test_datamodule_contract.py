@@ -31,8 +31,11 @@ from datamodules.sources.npz import Npz
 from datamodules.sources.svhn import SVHN
 from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
+from extraction.active_learning import ActiveLearning
+from extraction.jacobian_augmentation import JacobianAugmentation
 from extraction.knockoff_nets import KnockoffNets
 from extraction.oracle import LocalOracle
+from extraction.rounds import Rounds
 from poisoning.adversarial_poison import AdversarialPoison
 from poisoning.badnets import BadNets
 from poisoning.bullseye_polytope import BullseyePolytope
@@ -90,6 +93,8 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     BullseyePolytope: lambda base, seed: BullseyePolytope(base, extractor(), 3, 5, poisons=4, iterations=2, seed=seed),
     GradientMatching: lambda base, seed: GradientMatching(base, extractor(), 3, 5, iterations=2, restarts=2, seed=seed),
     KnockoffNets: lambda base, seed: KnockoffNets(base, LocalOracle(extractor()), budget=120, seed=seed),
+    ActiveLearning: lambda base, seed: ActiveLearning(base, LocalOracle(extractor()), 120, seed=seed),
+    JacobianAugmentation: lambda base, seed: JacobianAugmentation(base, LocalOracle(extractor()), 120, 20, seed=seed),
     Triggered: lambda base, seed: Triggered(base, PixelPattern(), name="outer"),
     Unlearnable: lambda base, seed: Unlearnable(
         base, partial(MLP, hidden=[8]), "class_wise", 16, 0.5, seed, noise_steps=1, step_size=6.0, stop_error=0.99
@@ -344,7 +349,8 @@ def test_facts_are_json(kind: type, folder: str) -> None:
 def test_a_model_can_be_trained_and_measured_on_it(kind: type, folder: str) -> None:
     data = make(kind, folder)
     model = mlp(data)
-    trainer = tiny_trainer(max_steps=2, limit_val_batches=1, limit_test_batches=1)
+    rounds = {"max_epochs": data.rounds, "reload_dataloaders_every_n_epochs": 1} if isinstance(data, Rounds) else {}
+    trainer = tiny_trainer(max_steps=2, limit_val_batches=1, limit_test_batches=1, **rounds)
     trainer.fit(model, data)
     trainer.test(model, data, verbose=False)
     names = {m.name for e in data.evaluations("test") for m in e.measures}
