@@ -122,6 +122,8 @@ class ImageClassifier(LightningModule):
             )
         self.num_classes = num_classes
         self.image_shape = image_shape
+        if optimizer is None:
+            raise bad("optimizer", optimizer, "it cannot be null; name one, such as SGD")
         self.optimizer_factory = optimizer
         self.schedule_factory = schedule
         self.label_smoothing = label_smoothing

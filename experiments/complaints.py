@@ -65,6 +65,8 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:  # noqa: PLR091
     if found := re.search(r"Interpolation key '[^']*' not found \(resolved to '\w+\.([^']*)'\)", text):
         where = str(getattr(error, "full_key", "")).partition(".")[2] or "config"
         return f"{where}: there is no ${{{found[1]}}}; name a key of the configuration, from the top"
+    if found := re.search(r"Unable to load config '([^']*)'", text):
+        return f"trainer = {found[1]!r}: there is no such file; an overlay is given by --config, such as trainer/cpu"
     if "Parser key" not in text:
         return " ".join(text.split())
     branch = _deepest(text)

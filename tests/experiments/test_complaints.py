@@ -218,6 +218,8 @@ VALUES = {
     "--data=nosuch.module.Data": ("data: there is no module nosuch", "PYTHONPATH"),
     "--data=data/nosuch.yaml": ("data = 'data/nosuch.yaml'", "no such file"),
     "--data.base=data/digitz.yaml": ("data.base = 'data/digitz.yaml'", "did you mean 'data/digits.yaml'?"),
+    "--trainer=nosuch.yaml": ("trainer = 'nosuch.yaml'", "no such file", "--config"),
+    "--model.optimizer=null": ("optimizer = None", "cannot be null"),
     "--seed_everything=-5": ("seed_everything = -5", "from 0 to 2³² − 1"),
     "--seed_everything=4294967296": ("seed_everything = 4294967296", "from 0 to 2³² − 1"),
     "--trainer.accumulate_grad_batches=0": ("trainer.accumulate_grad_batches = 0", "1 or more"),
