@@ -122,6 +122,8 @@ class ImageClassifier(LightningModule):
             )
         self.num_classes = num_classes
         self.image_shape = image_shape
+        if optimizer is None:
+            raise bad("optimizer", optimizer, "it cannot be null; name one, such as SGD")
         self.optimizer_factory = optimizer
         self.schedule_factory = schedule
         self.label_smoothing = label_smoothing
@@ -253,6 +255,8 @@ class ImageClassifier(LightningModule):
             InputError: If all is frozen, or the optimizer refuses one of its values.
         """
         trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        if not trained and not list(self.net.parameters()):
+            raise bad("backbone", type(self.net).__name__, "it has no parameters, so there is nothing to train")
         if not trained:
             raise bad("backbone", type(self.net).__name__, "all of it is frozen, so there is nothing to train")
         optimizer: Optimizer = _made("optimizer", self.optimizer_factory, trained)

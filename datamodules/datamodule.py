@@ -294,6 +294,8 @@ class Source(ImageDataModule):
                 )
         order = torch.randperm(n, generator=generator(self.split_seed, "split"))
         held = round(self.val_fraction * n)
+        if n and held == n:
+            raise bad("val_fraction", self.val_fraction, f"holds out all of the {n} images; leave some to train on")
         self._sets = {
             "val": train.select(order[:held].sort().values),
             "train": train.select(order[held:].sort().values) if held else train,

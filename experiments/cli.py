@@ -62,6 +62,12 @@ _read_yaml_our_way()
 KEPT = ("seed_everything", "trainer", "model", "data")
 """What of a command's configuration goes into config.yaml: what each command has, so that any of them can take it."""
 
+LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
+"""Of the trainer's numbers that Lightning takes without a look, to divide by or to ignore: the least with a meaning."""
+
+REFUSALS = ("`val_check_interval`", "Early stopping conditioned on metric")
+"""In what words Lightning refuses a configuration by errors that a bug might raise too."""
+
 LINKED = ("num_classes", "image_shape", "mean", "std")
 """What the data says and the model is told: never typed twice."""
 
@@ -133,8 +139,11 @@ class CommandLine(LightningCLI):
             check_checkpoint(str(path))
 
     def _set_seed(self) -> None:
-        if self._get(self.config, "seed_everything") is False:
+        seed = self._get(self.config, "seed_everything")
+        if seed is False:
             raise bad("seed_everything", False, "give a number, or true for one by chance: a run is to be repeatable")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise bad("seed_everything", seed, "give a whole number from 0 to 2³² − 1")
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
@@ -142,6 +151,10 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if not isinstance(config.trainer, Namespace):
             raise bad("trainer", config.trainer, "keys are expected, such as max_epochs")
+        for key, least in LEAST.items():
+            value = config.trainer.get(key)
+            if value is not None and not value >= least:
+                raise bad(f"trainer.{key}", value, f"it must be {least} or more")
         _check_classes(config, ())
         dump = self.parser_of(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
@@ -318,6 +331,8 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
             raise InputError(one_line(error, _top_level_keys())) from error
         if isinstance(error, MisconfigurationException):
             raise InputError(" ".join(str(error).split())) from error
+        if isinstance(error, ValueError | RuntimeError) and str(error).strip().startswith(REFUSALS):
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         if "Does not validate against any" in str(error):  # in a constructor, and not of our making
             raise _root_of(error) from None
         raise

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from datamodules.errors import InputError, did_you_mean
+from experiments.registry import configs_folder
 
 _KEY = re.compile(r"Parser key ['\"]([\w.\[\]]+)['\"]")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
@@ -64,6 +65,8 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:  # noqa: PLR091
     if found := re.search(r"Interpolation key '[^']*' not found \(resolved to '\w+\.([^']*)'\)", text):
         where = str(getattr(error, "full_key", "")).partition(".")[2] or "config"
         return f"{where}: there is no ${{{found[1]}}}; name a key of the configuration, from the top"
+    if found := re.search(r"Unable to load config '([^']*)'", text):
+        return f"trainer = {found[1]!r}: there is no such file; an overlay is given by --config, such as trainer/cpu"
     if "Parser key" not in text:
         return " ".join(text.split())
     branch = _deepest(text)
@@ -148,7 +151,9 @@ def _wrong_value(branch: _Branch, leaves: list[str], where: str) -> str:
     value = None if value is None else value.strip("'\"")
     field = where if value is None or len(value) > 60 or value.startswith("{") else f"{where} = {value!r}"
     if value is not None and re.search(r"\.(ya?ml|json)$", value):
-        return f"{field}: there is no such file, beside the YAML that names it, here, or among the shipped ones"
+        known = [str(path.relative_to(configs_folder())) for path in configs_folder().rglob("*.yaml")]
+        hint = did_you_mean(value.removeprefix("configs/"), known)
+        return f"{field}: there is no such file, beside the YAML that names it, here, or among the shipped ones{hint}"
     expected = list(dict.fromkeys(_expected(text)))
     classes = re.findall(
         r"(?:subclass of|function that returns) (?:<class ')?(?:\w+\.)*(\w+)|Type \S+ expects a (\w+)", text

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from classifiers.classifier import BackboneFactory, ImageClassifier, MisfitError, OptimizerFactory, ScheduleFactory
+from classifiers.classifier import BackboneFactory, ImageClassifier, OptimizerFactory, ScheduleFactory
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch
 from datamodules.measures import Hits
@@ -78,7 +78,7 @@ class Victim(ImageClassifier):
             other = ImageClassifier(backbone, num_classes, image_shape, mean, std, channels_last=channels_last)
             try:
                 other.load(honest)
-            except MisfitError as error:  # it says nothing about the weights that are judged
+            except InputError as error:  # if they do not fit, that says nothing about the weights that are judged
                 raise InputError(f"honest: {error}") from error
             self._honest = [other.eval().requires_grad_(False)]
         self._beside: dict[str, Metric] = {}

@@ -223,7 +223,7 @@ def test_of_two_classes_of_one_name_ours_is_meant(here: Path) -> None:
         backbone = config_of(LINE, *given)["model"]["init_args"]["backbone"]
         assert backbone["class_path"] == "classifiers.backbones.MLP"
     assert backbone["init_args"]["hidden"] == [7]
-    other = config_of(LINE, "--model.backbone=torch.nn.Flatten")
+    other = config_of(LINE, "--model.backbone=torch.nn.Flatten", command="validate")
     assert other["model"]["init_args"]["backbone"]["class_path"] == "torch.nn.Flatten"
 
 
