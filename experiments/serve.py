@@ -157,6 +157,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

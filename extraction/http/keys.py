@@ -11,7 +11,7 @@ import hmac
 import re
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -110,14 +110,35 @@ class Keys:
         with self._open() as connection:
             return [Key(*row) for row in connection.execute("SELECT name, role, budget, rate FROM keys ORDER BY name")]
 
-    def budgets(self) -> dict[str, int]:
-        """Name → budget, of those that have one: a ledger's `limits`."""
-        return {key.name: key.budget for key in self.all() if key.budget is not None}
-
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
             yield connection
+
+
+class Budgets(Mapping[str, int]):
+    """Name → budget, of the keys that have one, as the file has it at each look: a ledger's `limits`.
+
+    A key may be made by another process while a server runs.
+
+    Args:
+        keys: Whose.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def __getitem__(self, name: str) -> int:
+        return self._now()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def _now(self) -> dict[str, int]:
+        return {key.name: key.budget for key in self._keys.all() if key.budget is not None}
 
 
 def check_key(text: str, variable: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import ipaddress
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -29,6 +29,8 @@ from extraction.service import FlaggedError
 
 if TYPE_CHECKING:
     import httpx
+
+_ABOUT = ("shape", "dtype", "mode", "k", "num_classes", "identity", "price", "images")
 
 _WAITS = 100
 """So often a request waits for the rate limit, which is never longer than a minute."""
@@ -109,7 +111,7 @@ class RemoteOracle(Oracle):
     @property
     def _about(self) -> dict[str, Any]:
         if self._described is None:
-            about = self._line(self.key_variable).get("/v1/oracle")
+            about = self._line(self.key_variable).get("/v1/oracle", _ABOUT)
             wrong = self.mode != about["mode"] or (self.mode == "top_k" and self.k != about["k"])
             if wrong:
                 k = f", k = {about['k']}" if about["mode"] == "top_k" else ""
@@ -154,18 +156,23 @@ class RemoteClient:
     @property
     def left(self) -> int | None:
         """Queries left, to this run and to the key."""
-        limits = [self.ledger.left(self.name), self.line.get("/v1/account")["left"]]
+        limits = [self.ledger.left(self.name), self.line.get("/v1/account", ("left", "rate"))["left"]]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _ask(self, images: Tensor, request: str) -> Answers:
-        rate = self.line.get("/v1/account")["rate"] if len(images) > 1 else None
+        rate = self.line.get("/v1/account", ("left", "rate"))["rate"] if len(images) > 1 else None
         size = self.images if rate is None else min(self.images, int(rate))
         parts = []
         for start in range(0, max(1, len(images)), size):
             part = images[start : start + size]
             whole = f"{quote(self.name, safe='')}/{quote(request, safe='')}"
             name = whole if len(part) == len(images) else f"{whole}/{start}+{len(part)}"
-            parts.append(Answers(**unpack(self.line.post("/v1/answers", pack(images=part), name))))
+            found = unpack(self.line.post("/v1/answers", pack(images=part), name))
+            if set(found) != set(Answers._fields) or {tensor.shape[:1] for tensor in found.values()} != {
+                part.shape[:1]
+            }:
+                raise bad("url", self.line.url, "what it answers are no answers to these images; is it such a server?")
+            parts.append(Answers(**found))
         return Answers(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -189,10 +196,16 @@ class Line:
         """A copy opens a connection of its own."""
         return {**self.__dict__, "_open": None}
 
-    def get(self, path: str) -> dict[str, Any]:
-        """Ask for JSON; see `post`."""
-        found = self._send("GET", path).json()
-        assert isinstance(found, dict)
+    def get(self, path: str, fields: Collection[str]) -> dict[str, Any]:
+        """Ask for JSON with these fields; see `post`."""
+        try:
+            found = self._send("GET", path).json()
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            found = None
+        if not isinstance(found, dict) or not set(fields) <= set(found):
+            raise bad("url", self.url, "this is no lightning serve, or one of another version")
         return found
 
     def post(self, path: str, content: bytes, request: str) -> bytes:

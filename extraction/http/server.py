@@ -33,7 +33,7 @@ from torch import Tensor
 
 from datamodules.errors import InputError, bad
 from extraction.answers import pack
-from extraction.http.keys import Key, Keys
+from extraction.http.keys import Budgets, Key, Keys
 from extraction.ledger import BudgetError
 from extraction.service import FlaggedError, Service
 
@@ -92,6 +92,7 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
 
     limits = limits or Limits()
     ledger = service.ledger
+    ledger.limits = Budgets(keys)
     element = torch.empty((), dtype=service.domain.dtype).element_size()
     size = element * int(torch.tensor(service.domain.shape).prod())
     most = min(limits.images, (limits.body - 1024) // size)  # a safetensors header is short
@@ -124,7 +125,6 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
     def work(key: Key, images: Tensor, name: str) -> bytes:
         ours = answering(key)
         with working:
-            ledger.limits = keys.budgets()  # a key may have been made while the server runs
             if key.rate is not None:
                 _check_rate(ledger.since, key, len(images))
             return pack(**ours.answer(key.name, images, name)._asdict())
@@ -182,13 +182,11 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
     @app.get("/v1/account", summary="How the key's owner stands", openapi_extra=secured)
     def account(request: Request) -> dict[str, Any]:
         key = owner(request, "attacker", "evaluation")
-        ledger.limits = keys.budgets()
         return {**ledger.account(key.name)._asdict(), "left": ledger.left(key.name), "rate": key.rate}
 
     @app.get("/status", summary="All clients, for a person with an admin key", response_class=HTMLResponse)
     def status(request: Request) -> HTMLResponse:
         owner(request, "admin")
-        ledger.limits = keys.budgets()
         return HTMLResponse(_status_page(service, keys), headers={"Cache-Control": "no-store"})
 
     plain = app.openapi

@@ -22,7 +22,7 @@ import torch
 from classifiers.backbones import MLP
 from datamodules.sources.digits import Digits
 from extraction.answers import pack, unpack
-from extraction.http.keys import Key, Keys
+from extraction.http.keys import Budgets, Key, Keys
 from extraction.ledger import Ledger
 from tests.experiments.running import QUIET, Outcome, complaint, read_json, runs
 from tests.helpers import mlp
@@ -70,20 +70,16 @@ def test_keys_are_shown_once_and_an_attack_runs_with_them(
             found = re.search(rf"{variable}=(\S+)", printed)
             assert found
             monkeypatch.setenv(variable, found[1])
-        config = tmp_path / "remote.yaml"
-        config.write_text(
-            "seed_everything: 0\ntrainer: {max_epochs: 1}\nmodel: model/small_cnn.yaml\ndata:\n"
-            "  class_path: KnockoffNets\n  init_args:\n    base: data/digits.yaml\n    budget: 50\n"
-            f"    oracle: {{class_path: RemoteOracle, init_args: {{url: '{url}'}}}}\n"
-        )
-        outcome = lightning("fit", f"--config={config}", *QUIET, "--trainer.logger=false")
+        door = ("--data.oracle=RemoteOracle", f"--data.oracle.url={url}")
+        options = ("--data.budget=50", "--trainer.max_epochs=1", "--trainer.logger=false", *QUIET)
+        outcome = lightning("fit", "--config=knockoff_digits", *door, *options)
         assert outcome.code == 0, outcome
         metrics = read_json(runs()[-1] / "metrics.json")
         assert metrics["facts"]["queries"] == 50
         assert "fidelity" in metrics["measures"]
     assert Ledger(ledger).account("attacker").queries == 50
     assert [key.role for key in Keys(f"{ledger}.keys").all()] == ["admin", "attacker", "evaluation"]
-    assert Keys(f"{ledger}.keys").budgets() == {"attacker": 60}
+    assert dict(Budgets(Keys(f"{ledger}.keys"))) == {"attacker": 60}
 
 
 def test_a_new_key_is_made_and_shown(victim: str, tmp_path: Path, lightning: Command) -> None:
@@ -102,7 +98,7 @@ def test_a_new_key_is_made_and_shown(victim: str, tmp_path: Path, lightning: Com
 
 def test_other_machines_need_a_key_and_tls(victim: str, tmp_path: Path, lightning: Command) -> None:
     served = ("serve", "--weights", victim, "--ledger", str(tmp_path / "ledger"))
-    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+    for host in ("", "0.0.0.0", "::", "192.0.2.1", "example.org"):
         complaint(lightning(*served, "--host", host), f"host = '{host}'", "--new-key", "--certificate")
     paper = tmp_path / "paper"
     paper.write_text("no certificate")

@@ -87,6 +87,7 @@ def listening(app: Any) -> Iterator[str]:
 
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
+        door.listen()  # who comes before the thread has begun waits
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
         thread.start()
@@ -232,6 +233,9 @@ def test_lost_answers_are_asked_for_again_and_not_charged(site: Site, tmp_path: 
     with listening(relay) as url:
         client = RemoteClient(Line(url, key, "KEY", 30, 2), Ledger(tmp_path / "own"), "run 1", 4)
         found = client.query(pictures(10), "a")
+        again = RemoteClient(Line(url, key, "KEY", 30, 0), Ledger(tmp_path / "new"), "run 1", 4)  # after a crash here
+        assert torch.equal(again.query(pictures(10), "a").values, found.values)
+        assert site.ledger.account("ann").queries == 10
     assert len(lost) == 3  # 4 + 4 + 2 images
     assert site.ledger.account("ann")[:3] == (10, 10, 3)
     assert found.values.shape == (10, 10)
@@ -308,11 +312,15 @@ def server(tmp_path: Path, victim: str) -> Iterator[Callable[[], subprocess.Pope
         process.stdout.close()
 
 
-def test_a_server_killed_in_mid_attack_loses_and_doubles_nothing(server: Any, tmp_path: Path, victim: str) -> None:
+def test_a_server_killed_in_mid_attack_loses_and_doubles_nothing(
+    server: Any, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: pause(min(seconds, 0.2)))
     keys, ledger = Keys(tmp_path / "ledger.keys"), Ledger(tmp_path / "ledger")
     key, images = keys.create("ann", budget=200), pictures(200)
     client = RemoteClient(
-        Line(f"http://127.0.0.1:{server.port}", key, "KEY", 30, 8), Ledger(tmp_path / "own", 200), "run 1", 4096
+        Line(f"http://127.0.0.1:{server.port}", key, "KEY", 30, 200), Ledger(tmp_path / "own", 200), "run 1", 4096
     )
     first = server()
     with ThreadPoolExecutor(1) as pool:
@@ -479,6 +487,40 @@ def test_a_client_waits_for_the_rate(site: Site, tmp_path: Path, monkeypatch: py
         assert len(client.query(pictures(20), "a").values) == 20  # 8, 8 and 4
     assert site.ledger.account("ann").queries == 20
     assert slept[0] >= 118
+
+
+def test_a_key_made_while_the_server_runs_has_its_budget(site: Site) -> None:
+    key = Keys(site.keys.path).create("late", budget=3)
+    assert outcome(site.ask(key, pictures(4))) == (429, "budget")
+    assert site.ask(key, pictures(3)).status_code == 200
+
+
+def test_another_kind_of_server_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def wrong(scope: Any, receive: Any, send: Any) -> None:
+        body = pack(values=torch.zeros(2, 10), classes=torch.zeros(3, 0)) if scope["path"] == "/v1/answers" else b"{}"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    with listening(wrong) as url:
+        client = RemoteClient(Line(url, "x", "KEY", 30, 0), Ledger(tmp_path / "own"), "run", 9)
+        with refused("url", "no answers to these images"):
+            client.query(pictures(1))
+        with refused("url", "no lightning serve"):
+            client.query(pictures(2))
+        monkeypatch.setenv("PHARMAKON_ORACLE_KEY", "x" * 43)
+        with refused("url", "no lightning serve"):
+            RemoteOracle(url).check(10, SHAPE)
+    assert client.account.queries == 0
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with refused("fastapi", "pharmakon[serve]"):
+        Site(tmp_path, victim)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setenv("PHARMAKON_ORACLE_KEY", "x" * 43)
+    with refused("httpx", "pharmakon[serve]"):
+        RemoteOracle("http://127.0.0.1:1").identity()
 
 
 def test_what_the_server_says_of_itself(site: Site) -> None:
