@@ -27,6 +27,8 @@ commands
                                  lightning study --config badnets_fraction --size quick [--dry-run] [--out DIR]
   report     one page of a study's tables and figures
                                  lightning report DIR
+  serve      a victim behind HTTP, for RemoteOracle: answers counted per key
+                                 lightning serve --weights runs/victim_digits [--port 8000] [--new-key NAME --budget N]
   list       every attack, defence, datamodule, backbone, trigger and config
 
 options
@@ -37,7 +39,7 @@ options
   --help     print this; after a command: all of its options (takes ten seconds)
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "accept", "export", "study", "report", "list")
+COMMANDS = ("fit", "validate", "test", "predict", "accept", "export", "study", "report", "serve", "list")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lightning {args[0]}: there is no such command{did_you_mean(args[0], COMMANDS)}", file=sys.stderr)
         return 2
-    if args[0] in ("accept", "export", "study", "report") and {"-h", "--help"} & set(args):
+    if args[0] in ("accept", "export", "study", "report", "serve") and {"-h", "--help"} & set(args):
         print(USAGE, end="")
         return 0
     from experiments.commands import execute

@@ -46,6 +46,10 @@ def _action(command: str) -> Callable[[list[str]], int]:
         from experiments.export import export
 
         return export
+    if command == "serve":
+        from experiments.serve import serve
+
+        return serve
     if command == "study":
         from experiments.studies.command import study
 

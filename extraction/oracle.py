@@ -182,17 +182,28 @@ class LocalOracle(Oracle):
 
     def client(self, name: str, budget: int | None = None) -> LocalClient:
         """Someone who asks; his ledger is a file of his own, so that runs do not wait for each other."""
-        ledger = Ledger(_folder() / f"{name}.sqlite", budget, price=self.price)
-        service = Service(
-            self._victim, ledger, self.mode, self.k, self.defence, self.detector, self.response, self.batch_size,
-            device=self.device, precision=self.precision,
-        )  # fmt: skip
-        return LocalClient(service, name)
+        return LocalClient(self.service(Ledger(ledgers_folder() / f"{name}.sqlite", budget, price=self.price)), name)
 
     def evaluator(self) -> LocalClient:
         """Whoever measures fidelity, on ledgers of the oracle's own."""
-        ledger = Ledger(_folder() / f"evaluation-{self.identity()}.sqlite")
-        return LocalClient(Service(self._victim, ledger, batch_size=self.batch_size, device=self.device), "evaluation")
+        ledger = Ledger(ledgers_folder() / f"evaluation-{self.identity()}.sqlite")
+        return LocalClient(self.evaluation(ledger), "evaluation")
+
+    def service(self, ledger: Ledger) -> Service:
+        """What answers attackers, on a ledger."""
+        return Service(
+            self._victim, ledger, self.mode, self.k, self.defence, self.detector, self.response, self.batch_size,
+            device=self.device, precision=self.precision,
+        )  # fmt: skip
+
+    def evaluation(self, ledger: Ledger) -> Service:
+        """What answers evaluators, on a ledger: all scores, undefended and unwatched."""
+        return Service(self._victim, ledger, batch_size=self.batch_size, device=self.device)
+
+    @property
+    def num_classes(self) -> int:
+        """K of the victim."""
+        return self._victim.num_classes
 
     @property
     def _victim(self) -> ImageClassifier:
@@ -214,7 +225,8 @@ def identity_of(part: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__} {getattr(kind, 'version', 1)} {settings!r}"
 
 
-def _folder() -> Path:
+def ledgers_folder() -> Path:
+    """Where ledgers are that nobody named a place for; made if missing."""
     folder = Store().root / "ledgers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

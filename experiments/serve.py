@@ -1,0 +1,178 @@
+"""`lightning serve`: a victim behind HTTP, answers counted per key; `extraction.http.RemoteOracle` is the other side.
+
+Without keys, on this machine, three are made and shown once. Any other machine is let in only with a key and TLS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.errors import InputError, bad
+from experiments.arguments import value_of
+from experiments.registry import find_config
+
+OPTIONS = (
+    "--weights", "--config", "--port", "--host", "--ledger", "--certificate", "--private-key", "--new-key", "--role",
+    "--budget", "--rate",
+)  # fmt: skip
+
+VARIABLES = {"attacker": "PHARMAKON_ORACLE_KEY", "evaluation": "PHARMAKON_EVALUATION_KEY"}
+"""Where `RemoteOracle` looks for keys."""
+
+
+def serve(args: list[str]) -> int:
+    """Serve a victim until interrupted; or, with ``--new-key``, make a key and show it.
+
+    Args:
+        args: ``serve --weights FILE|RUN [--config FILE] [--port 8000] [--host 127.0.0.1] [--ledger FILE]
+            [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]``; the config
+            has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle` with its mode,
+            defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are those of the key that is made.
+
+    Raises:
+        InputError: Whatever a person got wrong.
+    """
+    given = _options(args[1:])
+    number, budget, rate = (_whole(given, name) for name in ("port", "budget", "rate"))
+    port, host = 8000 if number is None else number, given.get("host", "127.0.0.1")
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise InputError(f"{error.name} is missing: pip install 'pharmakon[serve]'") from error
+
+    from extraction.http.keys import Keys
+    from extraction.http.remote import is_loopback
+    from extraction.http.server import make_app
+    from extraction.ledger import Ledger
+    from extraction.oracle import ledgers_folder
+
+    oracle = _oracle(given)
+    path = Path(given.get("ledger") or ledgers_folder() / f"served-{oracle.identity()}.sqlite")
+    if not path.absolute().parent.is_dir():
+        raise bad("ledger", str(path), "there is no such folder; make it")
+    keys = Keys(f"{path}.keys")
+    if "new-key" in given:
+        key = keys.create(given["new-key"], given.get("role", "attacker"), budget, rate)
+        print(f"the key of {given['new-key']}, shown this once: {key}")
+        return 0
+    if "role" in given:
+        raise InputError("role: it is of a new key; name one with --new-key")
+    secure = "certificate" in given and "private-key" in given
+    if not is_loopback(host) and not (secure and keys.all()):
+        raise bad("host", host, "other machines need a key (--new-key) and TLS (--certificate, --private-key)")
+    for name in ("certificate", "private-key"):
+        if name in given and not (secure and Path(given[name]).is_file()):
+            raise bad(name, given[name], "give two files: --certificate and --private-key")
+    ledger = Ledger(path, price=oracle.price)
+    service, evaluation = oracle.service(ledger), oracle.evaluation(ledger)
+    app = make_app(service, keys, oracle.num_classes, oracle.identity(), evaluation)
+    tls: dict[str, Any] = {"ssl_certfile": given["certificate"], "ssl_keyfile": given["private-key"]} if secure else {}
+    with _listen(host, port) as listening:
+        config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, **tls)
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise bad("certificate", given.get("certificate"), f"it cannot be used ({error})") from error
+        if not keys.all():
+            _first_keys(keys, budget, rate)
+        elif budget is not None or rate is not None:
+            raise InputError("budget, rate: they are of a new key; name one with --new-key")
+        address = f"{'https' if secure else 'http'}://{_in_url(host)}:{listening.getsockname()[1]}"
+        print(f"serving {oracle.weights} at {address} – {address}/docs, {address}/status", flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _options(args: list[str]) -> dict[str, str]:
+    from datamodules.errors import did_you_mean
+
+    found: dict[str, str] = {}
+    rest = iter(args)
+    for arg in rest:
+        key, equals, value = arg.partition("=")
+        if key not in OPTIONS:
+            raise InputError(f"{key}: there is no such option{did_you_mean(key, OPTIONS)}")
+        found[key[2:]] = value if equals else value_of(rest, key)
+    return found
+
+
+def _whole(given: dict[str, str], name: str) -> int | None:
+    if name not in given:
+        return None
+    if not given[name].isdecimal() or (name == "port" and int(given[name]) > 65535):
+        raise bad(name, given[name], "a whole number, 0 or more, is expected")
+    return int(given[name])
+
+
+def _oracle(given: dict[str, str]) -> Any:
+    """The `LocalOracle` that is to be served."""
+    from extraction.oracle import LocalOracle
+
+    section: dict[str, Any] = {"class_path": "LocalOracle", "init_args": {}}
+    if "config" in given:
+        whole = yaml.safe_load(Path(find_config(given["config"])).read_text(encoding="utf-8"))
+        data = whole.get("data")
+        inner = (data.get("init_args") or {}).get("oracle") if isinstance(data, dict) else None
+        named = whole.get("oracle") or inner
+        if not isinstance(named, dict):
+            raise bad("config", given["config"], "it has no section oracle with class_path: LocalOracle")
+        section = {"class_path": named.get("class_path"), "init_args": dict(named.get("init_args") or {})}
+    if section["class_path"] not in ("LocalOracle", "extraction.oracle.LocalOracle"):
+        raise bad("oracle.class_path", section["class_path"], "only a LocalOracle can be served")
+    if "weights" in given:
+        section["init_args"]["weights"] = given["weights"]
+    if "weights" not in section["init_args"]:
+        raise InputError("weights: name the victim: lightning serve --weights runs/victim_digits")
+    if "config" not in given:
+        return LocalOracle(given["weights"])
+
+    from experiments.cli import Parser
+    from experiments.complaints import input_error, one_line
+    from experiments.registry import import_all
+
+    import_all()
+    parser = Parser()
+    parser.add_argument("--oracle", type=LocalOracle)
+    try:
+        return parser.instantiate(parser.parse_object({"oracle": section})).oracle
+    except Exception as error:
+        ours = input_error(error)
+        if ours is not None:
+            raise ours from error
+        if isinstance(error, argparse.ArgumentError):
+            raise InputError(one_line(error, ("oracle",))) from error
+        raise
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise bad("port", port, f"{host} cannot be listened on ({why}); choose another") from error
+    return listening
+
+
+def _first_keys(keys: Any, budget: int | None, rate: int | None) -> None:
+    print("there were no keys; these are shown this once:")
+    for role in ("attacker", "evaluation", "admin"):
+        of_attacker = role == "attacker"
+        key = keys.create(role, role, budget if of_attacker else None, rate if of_attacker else None)
+        use = f"{VARIABLES[role]}={key}" if role in VARIABLES else f"{key}  (the status page's password)"
+        print(f"  {role}: {use}")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
