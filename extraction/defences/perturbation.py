@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -30,3 +31,19 @@ def renormalised(scores: Tensor) -> Tensor:
     total = scores.sum(1, keepdim=True)
     uniform = torch.full_like(scores, 1 / scores.shape[1])
     return torch.where(total > 0, scores / total.clamp_min(torch.finfo(scores.dtype).tiny), uniform)
+
+
+def in_padded_batches(model: Callable[[Tensor], Tensor], images: Tensor, size: int = 256) -> Tensor:
+    """A model's answers in batches of one size, so that none depends on what else is in its batch.
+
+    Args:
+        model: Images (B, …) → (B, K).
+        images: (N, …).
+        size: B; the last batch is filled up with zeros.
+    """
+    found = []
+    for part in images.split(size):
+        batch = part.new_zeros(size, *part.shape[1:])
+        batch[: len(part)] = part
+        found.append(model(batch)[: len(part)])
+    return torch.cat(found)
