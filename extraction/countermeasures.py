@@ -169,7 +169,7 @@ def padded(images: Tensor, benign: Tensor, share: float, seed: int, request: str
     return mixed, places
 
 
-# --- as oracles, for the YAML of a strategy ------------------------------------------------------------------------------
+# --- as oracles, for the YAML of a strategy ---------------------------------------------------------------------------
 class _Around(Oracle):
     """An oracle that is another one, asked in another way.
 

@@ -1,7 +1,7 @@
 """Prediction poisoning: scores that turn the gradient of whoever trains on them as far as may be (MAD).
 
 Paper: Orekondy, Schiele & Fritz, "Prediction Poisoning: Towards Defenses Against DNN Model Stealing Attacks", ICLR
-2020, arXiv 1906.10908. Of all answers ỹ it seeks the one with the largest ‖Gᵀỹ / ‖Gᵀỹ‖ − Gᵀy / ‖Gᵀy‖‖², G the Jacobian of
+2020, arXiv 1906.10908. Of all answers ỹ it seeks the one with most ‖Gᵀỹ / ‖Gᵀỹ‖ − Gᵀy / ‖Gᵀy‖‖², G the Jacobian of
 a surrogate's log scores; it looks at the extremes of the feasible answers, takes the best, and goes from y towards it
 as far as a budget ε in L1 allows. `keep_label` is its argmax-preserving variant.
 
