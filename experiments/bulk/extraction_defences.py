@@ -111,7 +111,9 @@ def defended(
         own = given.get(name.rpartition(".")[2], {})
         defence = {"class_path": name, "init_args": {**defence.get("init_args", {}), **own}}
     mode, k, repeats = chosen.get("mode", "scores"), chosen.get("k"), chosen.get("repeats", 1)
-    asked = {"data.oracle.weights": weights, "data.oracle.mode": mode, "data.oracle.k": k, "data.seed": seed}
+    asked = {"data.oracle.weights": weights, "data.oracle.mode": mode, "data.seed": seed}
+    if k is not None:
+        asked["data.oracle.k"] = k
     if defence is not None:
         asked["data.oracle.defence"] = defence
     line = _start(configs, {**(overrides or {}), **asked}, seed)

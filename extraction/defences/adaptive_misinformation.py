@@ -18,10 +18,10 @@ from classifiers.classifier import ImageClassifier, load_classifier
 from classifiers.weights import content_hash, find_weights, load_weights
 from datamodules.errors import bad
 from datamodules.imageset import fingerprint
-from extraction.defences.perturbation import in_padded_batches
+from extraction.defences.perturbation import Perturbation, in_padded_batches
 
 
-class AdaptiveMisinformation:
+class AdaptiveMisinformation(Perturbation):
     """The victim's scores, mixed with f′'s where the victim is unsure.
 
     Args:

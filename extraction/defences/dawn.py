@@ -22,6 +22,7 @@ from torch import Tensor
 
 from datamodules.errors import bad
 from datamodules.imageset import fingerprint
+from extraction.defences.perturbation import Perturbation
 
 _LEAST = 16
 
@@ -40,7 +41,7 @@ class Verdict(NamedTuple):
     p_value: float
 
 
-class DAWN:
+class DAWN(Perturbation):
     """Wrong labels for a keyed share of images.
 
     The top score and that of a keyed wrong class are exchanged, so that every answer mode shows the mark.

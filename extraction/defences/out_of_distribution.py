@@ -17,9 +17,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from datamodules.errors import bad
+from extraction.defences.detector import Detector
 
 
-class OutOfDistributionShare:
+class OutOfDistributionShare(Detector):
     """The detector of one client.
 
     Args:

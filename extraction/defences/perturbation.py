@@ -1,17 +1,18 @@
-"""The protocol of defences that perturb scores, and what is common to them."""
+"""The base of defences that perturb scores, and what is common to them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Perturbation(Protocol):
+class Perturbation(ABC):
     """Changes the scores of answers, each by itself."""
 
+    @abstractmethod
     def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
         """Perturbed scores.
 
@@ -23,7 +24,6 @@ class Perturbation(Protocol):
         Returns:
             Real (N, K), at least 0. Rows sum to 1 unless the defence says otherwise.
         """
-        ...
 
 
 def renormalised(scores: Tensor) -> Tensor:

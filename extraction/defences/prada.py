@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import bad
+from extraction.defences.detector import Detector
 
 _EVERY = 1000
 """After so many distances, a verdict no longer follows each."""
@@ -32,7 +33,7 @@ _PART = 512
 """Queries that are compared with those kept in one go."""
 
 
-class PRADA:
+class PRADA(Detector):
     """The detector of one client; each client has its own.
 
     Args:

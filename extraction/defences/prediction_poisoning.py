@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from classifiers.backbones import SmallCNN
 from datamodules.errors import bad
 from datamodules.random import generator
-from extraction.defences.perturbation import in_padded_batches
+from extraction.defences.perturbation import Perturbation, in_padded_batches
 
 _ALL_SETS = 12
 _PART = 256
 
 
-class PredictionPoisoning:
+class PredictionPoisoning(Perturbation):
     """MAD: the answer that most misdirects a surrogate's gradient.
 
     Args:
