@@ -94,6 +94,9 @@ class Oracle(ABC):
         InputError: If the mode, or k, is wrong.
     """
 
+    per_image: float = 1.0
+    """Queries that an image costs: more where `extraction.countermeasures` asks more than once, or pads."""
+
     def __init__(self, mode: str = "scores", k: int | None = None) -> None:
         check_mode(mode, k)
         self.mode, self.k = mode, k

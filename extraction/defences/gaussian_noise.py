@@ -11,10 +11,10 @@ from torch import Tensor
 
 from datamodules.errors import bad
 from datamodules.random import uniform
-from extraction.defences.perturbation import renormalised
+from extraction.defences.perturbation import Perturbation, renormalised
 
 
-class GaussianNoise:
+class GaussianNoise(Perturbation):
     """Scores + N(0, σ²), negative ones cut off, renormalised.
 
     Args:

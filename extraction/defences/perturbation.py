@@ -1,16 +1,18 @@
-"""The protocol of defences that perturb scores, and what is common to them."""
+"""The base of defences that perturb scores, and what is common to them."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-class Perturbation(Protocol):
+class Perturbation(ABC):
     """Changes the scores of answers, each by itself."""
 
+    @abstractmethod
     def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
         """Perturbed scores.
 
@@ -22,7 +24,6 @@ class Perturbation(Protocol):
         Returns:
             Real (N, K), at least 0. Rows sum to 1 unless the defence says otherwise.
         """
-        ...
 
 
 def renormalised(scores: Tensor) -> Tensor:
@@ -30,3 +31,19 @@ def renormalised(scores: Tensor) -> Tensor:
     total = scores.sum(1, keepdim=True)
     uniform = torch.full_like(scores, 1 / scores.shape[1])
     return torch.where(total > 0, scores / total.clamp_min(torch.finfo(scores.dtype).tiny), uniform)
+
+
+def in_padded_batches(model: Callable[[Tensor], Tensor], images: Tensor, size: int = 256) -> Tensor:
+    """A model's answers in batches of one size, so that none depends on what else is in its batch.
+
+    Args:
+        model: Images (B, …) → (B, K).
+        images: (N, …).
+        size: B; the last batch is filled up with zeros.
+    """
+    found = []
+    for part in images.split(size):
+        batch = part.new_zeros(size, *part.shape[1:])
+        batch[: len(part)] = part
+        found.append(model(batch)[: len(part)])
+    return torch.cat(found)

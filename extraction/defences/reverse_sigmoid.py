@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import bad
-from extraction.defences.perturbation import renormalised
+from extraction.defences.perturbation import Perturbation, renormalised
 
 _EDGE = 1e-7
 
 
-class ReverseSigmoid:
+class ReverseSigmoid(Perturbation):
     """The deceptive perturbation.
 
     Args:

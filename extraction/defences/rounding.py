@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import bad
+from extraction.defences.perturbation import Perturbation
 
 
-class Rounding:
+class Rounding(Perturbation):
     """Scores rounded to some decimals, as an interface prints them: they need not sum to 1.
 
     Args:

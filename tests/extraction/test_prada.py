@@ -100,3 +100,21 @@ def test_what_is_refused() -> None:
         PRADA(1)
     with refused("least = 2"):
         PRADA(least=2)
+
+
+@pytest.mark.parametrize("size", [64, 5000])
+def test_a_long_stream_is_judged_more_rarely_and_never_later_than_a_hundredth(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = natural(1500)
+    more = stepped(2000)
+    stream = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
+    rarely, often = PRADA(0.95), PRADA(0.95)
+    for each, every in ((rarely, 1000), (often, 10**9)):
+        monkeypatch.setattr("extraction.defences.prada._EVERY", every)
+        for part, shown in zip(stream[0].split(size), stream[1].split(size), strict=True):
+            each.observe(part, F.one_hot(shown, 3))
+    assert often.flagged_at is not None
+    assert rarely.flagged_at is not None
+    assert 1000 < often.flagged_at <= rarely.flagged_at <= often.flagged_at * 1.011
+    assert rarely._distances == often._distances

@@ -1,0 +1,351 @@
+"""The stages of `extraction_defences`: a misleading second model, surrogates under defences, streams and detectors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from classifiers.backbones import SmallCNN
+from classifiers.classifier import ImageClassifier, load_classifier
+from datamodules.datamodule import ImageDataModule
+from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.imageset import ImageSet
+from datamodules.measures import wilson
+from datamodules.random import generator
+from experiments.bulk.end_to_end import read_source
+from experiments.bulk.triggerless import _fit, _start
+from extraction.answers import labels, reveal, soft_labels
+from extraction.countermeasures import AveragedOracle, padded
+from extraction.defences import DAWN, PRADA, OutOfDistributionShare
+from extraction.defences.detector import Detector
+from extraction.defences.honest import honest_cost
+from extraction.defences.out_of_distribution import calibrated
+from extraction.defences.perturbation import in_padded_batches
+from extraction.oracle import LocalOracle
+from extraction.strategy import Extraction
+
+_BATCH = 128
+
+
+def misleading(
+    folder: Path, seed: int, *, configs: Sequence[str], overrides: Mapping[str, Any] | None = None, epochs: int = 1
+) -> list[dict[str, Any]]:
+    """Train adaptive misinformation's second model to be wrong; its loss is −log(1 − f′(x)_y) (Kariyappa & Qureshi).
+
+    Args:
+        folder: Of the cell; ``weights.safetensors`` goes there.
+        seed: Of initialisation and order.
+        configs: The victim's model and data.
+        overrides: Keys that differ.
+        epochs: Of Adam with a rate of 0.001.
+
+    Returns:
+        One row: its accuracy, which should be far below chance.
+    """
+    line = _start(configs, overrides, seed)
+    model, data = line.model, line.datamodule
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    train, private = data.train_set, generator(seed, "misleading")
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(train), generator=private).split(_BATCH):
+            right = model(train.images_at(rows)).softmax(1).gather(1, train.labels[rows, None])
+            loss = -torch.log1p(-right.clamp_max(1 - 1e-6)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval().save(folder / "weights.safetensors")
+    found = _scores(model, data.test_set).argmax(1)
+    return [{"misleading_accuracy": _share(found == data.test_set.labels)}]
+
+
+def defended(
+    folder: Path,
+    seed: int,
+    *,
+    configs: Sequence[str],
+    weights: str,
+    second: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    setting: str,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Train a surrogate on defended answers, and measure it and what the defence costs honest users.
+
+    Args:
+        folder: Of the cell; DAWN's key, made of the seed, goes there.
+        seed: Of the surrogate and its queries.
+        configs: The attack's: model, trainer, and an `Extraction` from a `LocalOracle`.
+        weights: Of the victim.
+        second: Of adaptive misinformation's f′.
+        settings: By name: ``defence`` (a class path with arguments, or null), ``mode``, ``k``, ``repeats``.
+        setting: Which of them.
+        overrides: Keys that differ.
+
+    Returns:
+        One row. ``honest_l1`` compares what users make of the answers with the victim's scores, the loss by the answer
+        mode included. ``dawn_p`` is DAWN's verdict on the surrogate, under this cell's key; where another defence was
+        in force it is a control.
+
+    Raises:
+        InputError: If there is no such setting, or the configs describe something else.
+    """
+    if setting not in settings:
+        raise bad("setting", setting, f"choose one of {', '.join(settings)}{did_you_mean(setting, settings)}")
+    chosen = dict(settings[setting] or {})
+    key = folder / "dawn.key"
+    key.write_bytes(hashlib.sha256(f"{seed} key of an experiment".encode()).digest())
+    defence = chosen.get("defence")
+    if defence is not None:
+        given = {"AdaptiveMisinformation": {"weights": second}, "DAWN": {"key_file": str(key)}}
+        name = str(defence["class_path"])
+        own = given.get(name.rpartition(".")[2], {})
+        defence = {"class_path": name, "init_args": {**defence.get("init_args", {}), **own}}
+    mode, k, repeats = chosen.get("mode", "scores"), chosen.get("k"), chosen.get("repeats", 1)
+    asked = {"data.oracle.weights": weights, "data.oracle.mode": mode, "data.seed": seed}
+    if k is not None:
+        asked["data.oracle.k"] = k
+    if defence is not None:
+        asked["data.oracle.defence"] = defence
+    line = _start(configs, {**(overrides or {}), **asked}, seed)
+    data = line.datamodule
+    if not isinstance(data, Extraction) or not isinstance(data.oracle, LocalOracle):
+        raise InputError("configs: the data must be an attack on a LocalOracle")
+    acting = data.oracle.defence
+    if repeats > 1:
+        data.oracle = AveragedOracle(data.oracle, repeats)
+    surrogate = _fit(line, data)
+    data.setup("test")
+    victim, test, train = load_classifier(weights), data.test_set, data.train_set
+    guessed, truth = _scores(surrogate, test).argmax(1), _scores(victim, test)
+    images, numbers = _images(test), torch.arange(len(test))
+    answers = reveal(truth if acting is None else acting(truth, images, numbers), mode, k)
+    cost = honest_cost(truth, soft_labels(answers, mode, truth.shape[1]), test.labels)
+    verdict = DAWN(str(key)).verify(_images(train), _scores(victim, train), _scores(surrogate, train).argmax(1))
+    return [
+        {
+            "surrogate_accuracy": _share(guessed == test.labels),
+            "surrogate_fidelity": _share(guessed == truth.argmax(1)),
+            "images": len(train),
+            "queries": data.spent.queries if data.spent else 0,
+            "honest_accuracy": _share(labels(answers) == test.labels),
+            "honest_labels_changed": _share(labels(answers) != truth.argmax(1)),
+            "honest_l1": cost.l1,
+            "dawn_marked": verdict.marked,
+            "dawn_agreeing": verdict.agreeing,
+            "dawn_p": verdict.p_value,
+        }
+    ]
+
+
+def detection(
+    folder: Path,
+    seed: int,
+    *,
+    weights: str,
+    source: str,
+    detector: str,
+    far: str | None = None,
+    length: int = 1000,
+    users: int = 20,
+    trials: int = 3,
+    seeds: int = 150,
+    step: float = 0.1,
+    delta: float = 0.9,
+    below: float = 0.02,
+    benign_share: float = 0.05,
+) -> list[dict[str, Any]]:
+    """Streams of queries under one detector: who is flagged, and when.
+
+    Args:
+        folder: Of the cell.
+        seed: Of all streams.
+        weights: Of the victim.
+        source: A YAML of its task; streams are made of test images, which it was not trained on.
+        detector: ``prada`` or ``out_of_distribution``.
+        far: A YAML of other images of the same shape; None: no such stream.
+        length: Queries of a stream; padding comes on top.
+        users: Benign streams of each kind.
+        trials: Attack streams of each kind.
+        seeds: Images that Jacobian augmentation starts from.
+        step: λ of its steps, pixels in [0, 1].
+        delta: PRADA's δ.
+        below: The share of holdout images below the out-of-distribution detector's confidence.
+        benign_share: Its limit.
+
+    Returns:
+        A row for each kind of stream; for Sybils, n counts the clients of all trials, four each. ``judged`` is the
+        number of streams that were long enough for a verdict: where it is 0, not to be flagged says nothing. Streams
+        of a kind are drawn from the same test images, so they are not independent, and intervals are too narrow.
+
+    Raises:
+        InputError: If there is no such detector.
+    """
+    data = read_source(source)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    victim = load_classifier(weights).requires_grad_(False)
+    makers: dict[str, Callable[[], Detector]] = {
+        "prada": lambda: PRADA(delta),
+        "out_of_distribution": lambda: OutOfDistributionShare(
+            calibrated(_scores(victim, data.val_set), below), benign_share
+        ),
+    }
+    if detector not in makers:
+        raise bad("detector", detector, f"choose one of {', '.join(makers)}{did_you_mean(detector, makers)}")
+    blank = makers[detector]()
+    streams = _streams(victim, data, far, length, users, trials, seeds, step, seed)
+    rows = []
+    for name, parts in streams.items():
+        found = [_watched(blank.fresh(), victim, part) for part in parts]
+        flagged = sorted(int(state["flagged_at"]) for state in found if state["flagged_at"] is not None)
+        statistic = "smallest_w" if detector == "prada" else "smallest_p"
+        rows.append(
+            {
+                "stream": name,
+                "judged": sum(_judged(state) for state in found),
+                "flagged": asdict(wilson(len(flagged), len(found))),
+                "first_flag": flagged[0] if flagged else None,
+                "median_flag": flagged[len(flagged) // 2] if flagged else None,
+                "smallest": min(float(state[statistic] or 0) for state in found),
+                "queries": max(len(part) for part in parts),
+            }
+        )
+    return rows
+
+
+def _watched(detector: Detector, victim: ImageClassifier, images: Tensor) -> dict[str, Any]:
+    detector.observe(images, _answers(victim, images))
+    return dict(detector.state())
+
+
+def _judged(state: Mapping[str, Any]) -> bool:
+    """Whether there has been a verdict: PRADA's W is below 1 then, the other's first test is after 32 queries."""
+    return bool(state["smallest_w"] < 1 if "smallest_w" in state else state["queries"] >= 32)
+
+
+def _streams(
+    victim: ImageClassifier,
+    data: ImageDataModule,
+    far: str | None,
+    length: int,
+    users: int,
+    trials: int,
+    seeds: int,
+    step: float,
+    seed: int,
+) -> dict[str, list[Tensor]]:
+    images, classes = _images(data.test_set), data.test_set.labels
+    found: dict[str, list[Tensor]] = {}
+
+    def some(pool: Tensor, count: int, purpose: str, number: int) -> Tensor:
+        return pool[torch.randperm(len(pool), generator=generator(seed, purpose, number))[:count]]
+
+    found["benign"] = [some(images, length, "benign", number) for number in range(users)]
+    found["benign, repeats"] = []
+    for number in range(users):
+        own = some(images, max(1, length * 3 // 10), "repeats", number)
+        drawn = torch.randint(len(own), (length,), generator=generator(seed, "repeated", number))
+        found["benign, repeats"].append(own[drawn])
+    found["benign, one class"] = [
+        some(own := images[classes == number % data.num_classes], min(length, len(own) // 2), "one class", number)
+        for number in range(users)
+    ]
+    found["noise"] = [
+        torch.randint(0, 256, (length, *data.image_shape), generator=generator(seed, "noise", n)).byte()
+        for n in range(trials)
+    ]
+    if far is not None:
+        other = read_source(far)
+        other.prepare_data()
+        other.setup("test")
+        pool = _images(other.test_set)
+        found["other images"] = [some(pool, length, "other images", number) for number in range(trials)]
+    attacks = [
+        jacobian_stream(
+            lambda part: _answers(victim, part).argmax(1), some(images, seeds, "seeds", n), length, step, seed + n,
+            data.num_classes,
+        )
+        for n in range(trials)
+    ]  # fmt: skip
+    found["JbDA"] = attacks
+    for share in (0.5, 0.8):
+        found[f"JbDA, {share:.0%} benign"] = [
+            padded(each, images, share, seed, str(number))[0] for number, each in enumerate(attacks)
+        ]
+    found["JbDA, 4 Sybils"] = [each[number::4] for each in attacks for number in range(4)]
+    return found
+
+
+def jacobian_stream(
+    ask: Callable[[Tensor], Tensor], seeds: Tensor, length: int, step: float, seed: int, classes: int
+) -> Tensor:
+    """What Jacobian-based augmentation asks, in order (Papernot et al. 2017): x + λ sign ∂F_c / ∂x, doubled each round.
+
+    The surrogate is a SmallCNN, trained from scratch at each round, for 100 steps of Adam.
+
+    Args:
+        ask: uint8 images → the victim's classes.
+        seeds: uint8 (S, C, H, W).
+        length: Queries, at most.
+        step: λ, pixels in [0, 1].
+        seed: Of the surrogate.
+        classes: K.
+
+    Returns:
+        uint8 (length, C, H, W).
+    """
+    asked, known = seeds[:length], ask(seeds[:length])
+    number = 0
+    while len(asked) < length:
+        net = _surrogate(asked, known, classes, seed, number)
+        inputs = (asked.float() / 255).requires_grad_()
+        chosen = net(2 * inputs - 1).gather(1, known[:, None]).sum()
+        (slope,) = torch.autograd.grad(chosen, [inputs])
+        new = ((inputs.detach() + step * slope.sign()).clamp(0, 1) * 255).round().byte()[: length - len(asked)]
+        asked, known = torch.cat([asked, new]), torch.cat([known, ask(new)])
+        number += 1
+    return asked
+
+
+def _surrogate(images: Tensor, known: Tensor, classes: int, seed: int, number: int) -> nn.Module:
+    from extraction.defences.prediction_poisoning import random_network
+
+    net = random_network(classes, tuple(images.shape[1:]), seed).requires_grad_(True).train()
+    assert isinstance(net, SmallCNN)
+    private, optimizer = generator(seed, "jacobian", number), torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(100):
+        rows = torch.randint(len(images), (64,), generator=private)
+        loss = F.cross_entropy(net(images[rows].float() / 127.5 - 1), known[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval().requires_grad_(False)
+
+
+def _images(some: ImageSet) -> Tensor:
+    return some.images_at(torch.arange(len(some)))
+
+
+def _scores(model: ImageClassifier, some: ImageSet) -> Tensor:
+    return _answers(model, _images(some))
+
+
+@torch.no_grad()
+def _answers(model: ImageClassifier, images: Tensor) -> Tensor:
+    model = model.eval()
+    return in_padded_batches(lambda part: model(part.to(model.device)).softmax(1).cpu(), images)
+
+
+def _share(hits: Tensor) -> dict[str, Any]:
+    return asdict(wilson(int(hits.sum()), len(hits)))

@@ -1,0 +1,105 @@
+"""Defence-aware attackers: what they ask, what they pay, what they get back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from extraction.answers import Answers, labels
+from extraction.countermeasures import Averaging, Padded, Sybil, averaged, padded
+from extraction.defences import PRADA, GaussianNoise
+from extraction.ledger import BudgetError, Ledger
+from extraction.oracle import LocalClient
+from extraction.service import Domain, Service
+from tests.helpers import refused
+
+SHAPE = (1, 4, 4)
+
+
+def pictures(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def bright(images: Tensor) -> Tensor:
+    """Logits that tell images apart."""
+    pixels = images.flatten(1).float() / 255
+    return torch.stack([pixels[:, 0], pixels[:, 1], pixels[:, 2]], 1) * 3
+
+
+def service(ledger: Ledger, mode: str = "scores", **settings: object) -> Service:
+    return Service(bright, ledger, mode, domain=Domain(SHAPE), batch_size=16, **settings)  # type: ignore[arg-type]
+
+
+def test_averaging_takes_the_noise_out_at_its_price(tmp_path: Path) -> None:
+    images = pictures(50)
+    noisy = service(Ledger(tmp_path / "a", 50 * 65), defence=GaussianNoise(0.05))
+    client = LocalClient(noisy)
+    once = client.query(images).values
+    mean = Averaging(client, 64).query(images).values
+    clean = bright(images).softmax(1)
+    assert float((mean - clean).abs().mean()) < 0.25 * float((once - clean).abs().mean())
+    assert client.account.queries == 50 * 65
+    assert client.account.samples == 50
+    with pytest.raises(BudgetError):
+        Averaging(client, 2).query(images)
+
+
+def test_the_most_frequent_label_and_what_cannot_be_averaged() -> None:
+    none = torch.zeros(2, 0)
+    votes = [Answers(torch.tensor([[a], [b]]), none) for a, b in ((1, 2), (1, 0), (0, 1))]
+    assert labels(averaged(votes)).tolist() == [1, 0]
+    with refused("mode", "averaged"):
+        averaged([Answers(torch.zeros(1, 1).long(), torch.ones(1, 1))] * 2)
+    with refused("repeats = 0"):
+        Averaging(None, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 10])
+def test_sybils_share_the_queries_and_answers_come_back_in_order(n: int, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a", 10)
+    one = service(ledger)
+    sybil = Sybil([LocalClient(one, f"s{number}") for number in range(3)])
+    images = pictures(n)
+    torch.testing.assert_close(sybil.query(images, "x").values, bright(images).softmax(1)[:n])
+    assert [ledger.account(f"s{k}").queries for k in range(3)] == [-(-(n - k) // 3) for k in range(3)]
+    assert sybil.account.queries == n
+    assert sybil.left == 3 * (10 - -(-n // 3))
+    again = sybil.query(images, "x").values
+    assert again.shape == (n, 3)
+    assert sybil.account.queries == n, "a request sent again is free"
+
+
+def test_padding_by_hand() -> None:
+    images, benign = pictures(30), pictures(100, 1)
+    mixed, places = padded(images, benign, 0.75, 0, "x")
+    assert len(mixed) == 120
+    assert torch.equal(mixed[places], images)
+    assert (places[1:] > places[:-1]).all()
+    rest = torch.ones(120, dtype=torch.bool)
+    rest[places] = False
+    others = {bytes(image.flatten().tolist()) for image in mixed[rest]}
+    assert len(others) == 90
+    assert others <= {bytes(image.flatten().tolist()) for image in benign}
+    assert torch.equal(padded(images, benign, 0.75, 0, "x")[0], mixed)
+    assert not torch.equal(padded(images, benign, 0.75, 0, "y")[0], mixed)
+    assert torch.equal(padded(images, benign, 0, 0)[0], images)
+    assert len(padded(images, benign[:7], 0.75, 0)[0]) == 120
+
+
+def test_padding_hides_steps_of_one_length_from_prada(tmp_path: Path) -> None:
+    seeds = pictures(5)
+    steps = (seeds[torch.arange(200) % 5].int() + 40 * (2 * (pictures(200, 2) > 127).int() - 1)).clamp(0, 255).byte()
+    attack = torch.cat([seeds, steps])
+    watched = service(Ledger(tmp_path / "a"), detector=PRADA(0.9))
+    open_, hidden = LocalClient(watched, "open"), LocalClient(watched, "hidden")
+    plain = open_.query(attack).values
+    torch.testing.assert_close(Padded(hidden, pictures(3000, 3), 0.9).query(attack).values, plain)
+    assert hidden.account.queries == 2050
+    assert watched.state("open")["smallest_w"] < watched.state("hidden")["smallest_w"]  # type: ignore[operator]
+    with refused("share = 1"):
+        Padded(open_, attack, 1)
+    with refused("benign = 0"):
+        Padded(open_, attack[:0], 0.5)
