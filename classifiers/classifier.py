@@ -27,7 +27,7 @@ from classifiers.backbones.backbone import Backbone, features_of, last_layer
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
-from datamodules.imageset import Batch
+from datamodules.imageset import Batch, labelled
 from datamodules.measures import Evaluation, Hits, Interval, wilson
 from datamodules.random import derive
 
@@ -189,7 +189,7 @@ class ImageClassifier(LightningModule):
         """Refuse labels that plain training cannot use; warn of a precision that the processor only imitates."""
         if type(self).training_step is ImageClassifier.training_step:  # another one may use unlabelled images
             labels = self._datamodule().train_set.labels
-            unlabelled = int((labels < 0).sum()) if labels.ndim == 1 else 0
+            unlabelled = int((~labelled(labels)).sum())
             if unlabelled:
                 raise InputError(
                     f"data: {unlabelled} of the {len(labels)} training samples have no label (−1); leave them out, "
