@@ -28,9 +28,11 @@ from datamodules.sources.cifar import CIFAR10, CIFAR100
 from datamodules.sources.digits import Digits
 from datamodules.sources.gtsrb import GTSRB
 from datamodules.sources.image_folder import ImageFolder
-from datamodules.sources.mnist import MNIST, FashionMNIST
+from datamodules.sources.mnist import KMNIST, MNIST, EMNISTLetters, FashionMNIST
+from datamodules.sources.noise import Noise
 from datamodules.sources.npz import Npz
 from datamodules.sources.svhn import SVHN
+from datamodules.sources.usps import USPS
 from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
 from extraction.fixmatch import FixMatchSurrogate
@@ -64,6 +66,10 @@ SOURCES: dict[type, Callable[[str, int], ImageDataModule]] = {
     Digits: lambda folder, seed: Digits(split_seed=seed, augment=FlipCrop(1)),
     MNIST: lambda folder, seed: MNIST(folder, 16, val_fraction=0.25, split_seed=seed),
     FashionMNIST: lambda folder, seed: FashionMNIST(folder, 16, val_fraction=0.25, split_seed=seed),
+    KMNIST: lambda folder, seed: KMNIST(folder, 16, val_fraction=0.25, split_seed=seed),
+    EMNISTLetters: lambda folder, seed: EMNISTLetters(folder, 16, val_fraction=0.25, split_seed=seed),
+    USPS: lambda folder, seed: USPS(folder, 16, val_fraction=0.25, split_seed=seed),
+    Noise: lambda folder, seed: Noise((1, 8, 8), 10, 64, batch_size=16, val_fraction=0.25, split_seed=seed),
     CIFAR10: lambda folder, seed: CIFAR10(folder, 16, val_fraction=0.25, split_seed=seed, augment=FlipCrop()),
     CIFAR100: lambda folder, seed: CIFAR100(folder, 16, val_fraction=0.25, split_seed=seed),
     SVHN: lambda folder, seed: SVHN(folder, 16, val_fraction=0.25, split_seed=seed),

@@ -23,9 +23,11 @@ ELSEWHERE = {
     "poison_frogs_dog_fish": (
         "--data.base.base.train=image_folder/train", "--data.base.base.test=image_folder/test",
         "--data.backbone.pretrained=false", "--model.backbone.pretrained=false",
-    )
+    ),
+    **{f"{method}_{data}": ("--data.budget=20",) for method in ("mixmatch", "fixmatch") for data in ("mnist", "cifar_cpu")},
+    "knockoff_noise_mnist": ("--data.budget=64",),
 }  # fmt: skip
-"""Options in the stead of data and weights that are not to be had here."""
+"""Options in the stead of data and weights that are not to be had here, and of budgets larger than the tiny sets."""
 Command = Callable[..., Outcome]
 
 
