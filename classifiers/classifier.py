@@ -246,13 +246,17 @@ class ImageClassifier(LightningModule):
         """Of the epoch's batches so far, on this rank; NaN before the first."""
         return self._losses.sum / self._losses.count if self._losses.count else torch.tensor(float("nan"))
 
+    def parts(self) -> list[nn.Module]:
+        """What the optimizer trains, but for what is frozen: the backbone."""
+        return [self.net]
+
     def make_optimizer(self) -> Optimizer:
         """The optimizer of the configuration over what is not frozen.
 
         Raises:
             InputError: If all is frozen, or the optimizer refuses one of its values.
         """
-        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        trained = [value for part in self.parts() for value in part.parameters() if value.requires_grad]
         if not trained:
             raise bad("backbone", type(self.net).__name__, "all of it is frozen, so there is nothing to train")
         optimizer: Optimizer = _made("optimizer", self.optimizer_factory, trained)
