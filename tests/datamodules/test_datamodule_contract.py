@@ -35,6 +35,7 @@ from datamodules.sources.svhn import SVHN
 from datamodules.sources.usps import USPS
 from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
+from extraction.dfme import DFME, DataFree
 from extraction.fixmatch import FixMatchSurrogate
 from extraction.knockoff_nets import KnockoffNets
 from extraction.oracle import LocalOracle
@@ -100,6 +101,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     BullseyePolytope: lambda base, seed: BullseyePolytope(base, extractor(), 3, 5, poisons=4, iterations=2, seed=seed),
     GradientMatching: lambda base, seed: GradientMatching(base, extractor(), 3, 5, iterations=2, restarts=2, seed=seed),
     KnockoffNets: lambda base, seed: KnockoffNets(base, LocalOracle(extractor()), budget=120, seed=seed),
+    DataFree: lambda base, seed: DataFree(base, LocalOracle(extractor()), budget=2 * 1792, seed=seed),
     SemiSupervised: lambda base, seed: SemiSupervised(
         base, LocalOracle(extractor(), "label"), budget=120, labelled_batch=16, unlabelled_batch=48, seed=seed
     ),
@@ -112,7 +114,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     ),
 }
 
-MODELS: dict[type, type[ImageClassifier]] = {SemiSupervised: FixMatchSurrogate}
+MODELS: dict[type, type[ImageClassifier]] = {SemiSupervised: FixMatchSurrogate, DataFree: DFME}
 """What trains on it, where a plain classifier does not."""
 
 BASES: dict[str, Callable[[], ImageDataModule]] = {
