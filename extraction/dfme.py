@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from classifiers.classifier import BackboneFactory, ImageClassifier, OptimizerFactory
-from datamodules.datamodule import Changes, ImageDataModule
+from datamodules.datamodule import Changes, Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint
 from datamodules.random import draw, generator, uniform
@@ -148,10 +148,15 @@ class DataFree(Extraction):
     def logits(self, images: Tensor, request: str) -> Tensor:
         """The victim's logits with mean zero: float32 (N, K), for uint8 (N, C, H, W); charged once for each request."""
         answers: Answers = self._client_of_run.query(images, request)
-        account = self._client_of_run.account
-        self.spent = Spent(account.queries, account.samples, account.cost)
         values = answers.values.float()
         return values - values.mean(1, keepdim=True) if self.oracle.mode == "logits" else recovered_logits(values)
+
+    def facts(self) -> Facts:
+        """What was spent."""
+        if self._asking is not None:
+            account = self._asking.account
+            self.spent = Spent(account.queries, account.samples, account.cost)
+        return super().facts()
 
     def state_dict(self) -> dict[str, Any]:
         """Whose answers these are."""
