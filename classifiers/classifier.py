@@ -27,7 +27,7 @@ from classifiers.backbones.backbone import Backbone, features_of, last_layer
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
-from datamodules.imageset import Batch
+from datamodules.imageset import Batch, labelled
 from datamodules.measures import Evaluation, Hits, Interval, wilson
 from datamodules.random import derive
 
@@ -191,7 +191,7 @@ class ImageClassifier(LightningModule):
         """Refuse labels that plain training cannot use; warn of a precision that the processor only imitates."""
         if type(self).training_step is ImageClassifier.training_step:  # another one may use unlabelled images
             labels = self._datamodule().train_set.labels
-            unlabelled = int((labels < 0).sum()) if labels.ndim == 1 else 0
+            unlabelled = int((~labelled(labels)).sum())
             if unlabelled:
                 raise InputError(
                     f"data: {unlabelled} of the {len(labels)} training samples have no label (−1); leave them out, "
@@ -248,14 +248,19 @@ class ImageClassifier(LightningModule):
         """Of the epoch's batches so far, on this rank; NaN before the first."""
         return self._losses.sum / self._losses.count if self._losses.count else torch.tensor(float("nan"))
 
+    def parts(self) -> list[nn.Module]:
+        """What the optimizer trains, but for what is frozen: the backbone."""
+        return [self.net]
+
     def make_optimizer(self) -> Optimizer:
         """The optimizer of the configuration over what is not frozen.
 
         Raises:
             InputError: If all is frozen, or the optimizer refuses one of its values.
         """
-        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        if not trained and not list(self.net.parameters()):
+        values = [value for part in self.parts() for value in part.parameters()]
+        trained = [value for value in values if value.requires_grad]
+        if not values:
             raise bad("backbone", type(self.net).__name__, "it has no parameters, so there is nothing to train")
         if not trained:
             raise bad("backbone", type(self.net).__name__, "all of it is frozen, so there is nothing to train")

@@ -20,7 +20,7 @@ from torch import Tensor
 from datamodules.augment import Augmentation
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch, ImageSet
-from datamodules.loading import EvaluationBatches, Loader, Passes, TrainBatches
+from datamodules.loading import Batches, EvaluationBatches, Loader, Passes, TrainBatches
 from datamodules.measures import Evaluation, Measure, Numbered
 from datamodules.random import generator
 
@@ -121,9 +121,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Loader:
         """Shuffled training batches."""
-        loading, (rank, world) = self.loading, self._place()
-        batches = TrainBatches(len(self.train_set), loading.batch_size, loading.training_seed(), rank, world)
-        return self._loader(self.train_set, batches, self._batches_done)
+        return self._loader(self.train_set, self.train_batches(*self._place()), self._batches_done)
+
+    def train_batches(self, rank: int = 0, world_size: int = 1) -> Batches:
+        """The rows of each training batch, on one of several processes."""
+        loading = self.loading
+        return TrainBatches(len(self.train_set), loading.batch_size, loading.training_seed(), rank, world_size)
 
     def val_dataloader(self) -> list[Loader]:
         """One loader for each evaluation on the holdout."""
@@ -154,7 +157,7 @@ class ImageDataModule(LightningDataModule, ABC):
             for evaluation in self.evaluations(split)
         ]
 
-    def _loader(self, images: ImageSet, batches: TrainBatches | EvaluationBatches, done: Any = None) -> Loader:
+    def _loader(self, images: ImageSet, batches: Batches | EvaluationBatches, done: Any = None) -> Loader:
         loading, trainer = self.loading, self.trainer
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
         if loading.resident:

@@ -61,6 +61,11 @@ def fingerprint(*parts: object) -> str:
     return digest.hexdigest()
 
 
+def labelled(labels: Tensor) -> Tensor:
+    """Which samples have a label: bool (N,). Of soft labels, a row of zeros is none."""
+    return labels >= 0 if labels.ndim == 1 else labels.any(1)
+
+
 def put_rows(images: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     """Write `new` (M, …) over the `rows` (M,) of `images` (N, …), in place.
 
@@ -88,7 +93,7 @@ class ImageSet(Dataset[Batch]):
 
     Args:
         images: uint8 (N, C, H, W); may be a view of a memory map.
-        labels: int64 (N,), `UNLABELLED` for none; or float32 (N, K).
+        labels: int64 (N,), `UNLABELLED` for none; or float32 (N, K), a row of zeros for none.
         ids: int64 (N,), unique over all splits: they name each sample for good.
         extras: More tensors of N rows, such as ``boxes`` (N, 4): x1, y1, x2, y2 in pixels.
         digest: The hash of all this where it is known already (a stored memory map); else it is computed when asked.

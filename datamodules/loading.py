@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,31 @@ from datamodules.imageset import PADDING, Batch, ImageSet
 from datamodules.random import generator
 
 
-class TrainBatches(Sampler[Tensor]):
+class Batches(Sampler[Tensor]):
+    """Training batches that are keyed by the epoch and can begin in its middle."""
+
+    epoch = 0
+    start = 0
+
+    @property
+    def sampler(self) -> Batches:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _begin(self) -> int:
+        """The batch to begin with; the next epoch begins with its first."""
+        first, self.start = self.start, 0
+        return first
+
+
+class TrainBatches(Batches):
     """Shuffled batches, keyed by (seed, epoch); the batch size is global, and each rank takes its part of every batch.
 
     The last incomplete batch of an epoch is left out; which samples those are changes from epoch to epoch. A set
@@ -43,17 +67,6 @@ class TrainBatches(Sampler[Tensor]):
             )
         self.n, self.size, self.seed = n, size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        self.start = 0
-
-    @property
-    def sampler(self) -> TrainBatches:
-        """Where Lightning looks for `set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.n // self.size
@@ -61,10 +74,66 @@ class TrainBatches(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         order = torch.randperm(self.n, generator=generator(self.seed, "order", self.epoch))
         share = self.size // self.world_size
-        first, self.start = self.start, 0
-        for batch in range(first, len(self)):
+        for batch in range(self._begin(), len(self)):
             at = batch * self.size + self.rank * share
             yield order[at : at + share]
+
+
+class GroupedBatches(Batches):
+    """Batches with so many rows of each group, such as labelled and unlabelled ones; a group's rows come together.
+
+    An epoch is one pass through the group that lasts longest; its last incomplete batch comes with the next epoch. A
+    group that is used up sooner begins another pass, in another order: within one pass, no row comes twice.
+
+    Args:
+        groups: The rows of each group: int64 (n,).
+        counts: How many rows of each group a batch has, over all ranks together.
+        seed: Of the shuffling.
+        rank: This process.
+        world_size: How many there are.
+
+    Raises:
+        InputError: If a group is empty, or its count cannot be shared out evenly.
+    """
+
+    def __init__(
+        self, groups: Sequence[Tensor], counts: Sequence[int], seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if len(groups) != len(counts) or not groups:
+            raise bad("counts", list(counts), f"give one for each of {len(groups)} groups, one group at least")
+        for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+            if count < 1 or count % world_size:
+                raise bad("counts", count, f"it is global: 1 or more, and it must divide over {world_size} processes")
+            if not len(group):
+                raise InputError(f"groups: group {number} has no rows, and each batch needs {count} of them")
+        self.groups, self.counts, self.seed = list(groups), list(counts), seed
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return max(1, *(len(group) // count for group, count in zip(self.groups, self.counts, strict=True)))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        first = self.epoch * len(self)
+        orders: dict[int, tuple[int, Tensor]] = {}
+        for batch in range(first + self._begin(), first + len(self)):
+            parts = []
+            for number, (group, count) in enumerate(zip(self.groups, self.counts, strict=True)):
+                share = count // self.world_size
+                at = batch * count + self.rank * share
+                parts.append(group[self._places(number, at, share, orders)])
+            yield torch.cat(parts)
+
+    def _places(self, number: int, at: int, share: int, orders: dict[int, tuple[int, Tensor]]) -> Tensor:
+        """Places `at` … `at + share` of a group's passes, one after the other; the newest pass is kept in `orders`."""
+        size, parts = len(self.groups[number]), []
+        while share:
+            which, place = divmod(at, size)
+            if number not in orders or orders[number][0] != which:
+                made = torch.randperm(size, generator=generator(self.seed, f"order of group {number}", which))
+                orders[number] = (which, made)
+            parts.append(orders[number][1][place : place + share])
+            at, share = at + len(parts[-1]), share - len(parts[-1])
+        return torch.cat(parts)
 
 
 class EvaluationBatches(Sampler[Tensor]):
@@ -108,7 +177,7 @@ class Loader(DataLoader[Batch]):
     def __init__(
         self,
         images: ImageSet,
-        batches: TrainBatches | EvaluationBatches,
+        batches: Batches | EvaluationBatches,
         num_workers: int = 0,
         done: Callable[[], int] | None = None,
         pin_memory: bool = False,
@@ -133,7 +202,7 @@ class Loader(DataLoader[Batch]):
         told the epoch – with a schedule that asks for the number of steps, or with worker processes, which start at
         once.
         """
-        if isinstance(self._batches, TrainBatches) and self._done is not None:
+        if isinstance(self._batches, Batches) and self._done is not None:
             self._batches.start = self._done() % max(1, len(self))
         if self.num_workers or self.pin_memory:
             yield from super().__iter__()

@@ -6,6 +6,7 @@ pixels as (N, H, W, C); where decoding changes them, tests compare with another 
 
 from __future__ import annotations
 
+import bz2
 import csv
 from pathlib import Path
 from typing import NamedTuple
@@ -44,9 +45,9 @@ def both(classes: int, shape: tuple[int, int, int], seed: int) -> Written:
     return Written(*pictures(TRAIN, classes, shape, seed), *pictures(TEST, classes, shape, seed + 1))
 
 
-def _write_idx(folder: Path, written: Written) -> None:
+def _write_idx(folder: Path, written: Written, parts: tuple[str, str] = ("train", "t10k")) -> None:
     folder.mkdir(parents=True)
-    for part, images, labels in (("train", *written[:2]), ("t10k", *written[2:])):
+    for part, images, labels in ((parts[0], *written[:2]), (parts[1], *written[2:])):
         for name, values in (("images-idx3", images[..., 0]), ("labels-idx1", labels.astype(np.uint8))):
             head = bytes((0, 0, 8, values.ndim)) + b"".join(length.to_bytes(4, "big") for length in values.shape)
             (folder / f"{part}-{name}-ubyte").write_bytes(head + values.tobytes())
@@ -61,6 +62,37 @@ def write_mnist(folder: Path) -> Written:
 def write_fashion_mnist(folder: Path) -> Written:
     written = both(10, (28, 28, 1), 3)
     _write_idx(folder / "FashionMNIST" / "raw", written)
+    return written
+
+
+def write_kmnist(folder: Path) -> Written:
+    written = both(10, (28, 28, 1), 17)
+    _write_idx(folder / "KMNIST" / "raw", written)
+    return written
+
+
+def write_emnist_letters(folder: Path) -> Written:
+    """On disk each image is transposed, and labels begin with 1."""
+    written = both(26, (28, 28, 1), 19)
+    lying = Written(
+        written.train_images.transpose(0, 2, 1, 3), written.train_labels + 1,
+        written.test_images.transpose(0, 2, 1, 3), written.test_labels + 1,
+    )  # fmt: skip
+    _write_idx(folder / "EMNIST" / "raw", lying, ("emnist-letters-train", "emnist-letters-test"))
+    return written
+
+
+def write_usps(folder: Path) -> Written:
+    """What is returned is 16×16; on disk it is text, pixels in [−1, 1] with six decimals, labels from 1 on."""
+    written = both(10, (16, 16, 1), 21)
+    target = folder / "USPS"
+    target.mkdir(parents=True)
+    for name, images, labels in (("usps", *written[:2]), ("usps.t", *written[2:])):
+        rows = [
+            f"{label + 1} " + " ".join(f"{at}:{value / 127.5 - 1:.6f}" for at, value in enumerate(image.ravel(), 1))
+            for image, label in zip(images, labels, strict=True)
+        ]
+        (target / f"{name}.bz2").write_bytes(bz2.compress(("\n".join(rows) + "\n").encode()))
     return written
 
 
@@ -181,6 +213,9 @@ def write_all(folder: Path) -> None:
     """Everything, into one data folder."""
     write_mnist(folder)
     write_fashion_mnist(folder)
+    write_kmnist(folder)
+    write_emnist_letters(folder)
+    write_usps(folder)
     write_cifar10_binary(folder)
     write_cifar10_npz(folder)
     write_cifar100_binary(folder)

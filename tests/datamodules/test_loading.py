@@ -14,7 +14,7 @@ from torch import Tensor
 from classifiers.backbones import MLP
 from datamodules.augment import FlipCrop
 from datamodules.imageset import PADDING, Batch
-from datamodules.loading import EvaluationBatches, Loader, Passes, TrainBatches
+from datamodules.loading import EvaluationBatches, GroupedBatches, Loader, Passes, TrainBatches
 from datamodules.sources.digits import Digits
 from datamodules.triggers import SinglePixel
 from poisoning.badnets import BadNets
@@ -222,3 +222,59 @@ def test_predictions_name_each_row_of_each_evaluation_once() -> None:
         ids = torch.cat([batch["id"] for batch in batches])  # type: ignore[index]
         assert rows.tolist() == list(range(len(evaluation.images)))
         assert torch.equal(ids, evaluation.images.ids)
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+FEW, MANY = torch.arange(100, 107), torch.arange(50)
+
+
+def grouped(epoch: int = 0, seed: int = 0, world: int = 1, start: int = 0) -> list[list[Tensor]]:
+    """Each rank's batches of 4 of few rows and 8 of many."""
+    ranks = [GroupedBatches([FEW, MANY], [4, 8], seed, rank, world) for rank in range(world)]
+    for rank in ranks:
+        rank.set_epoch(epoch)
+        rank.start = start
+    return [list(rank) for rank in ranks]
+
+
+def test_a_batch_has_so_many_rows_of_each_group() -> None:
+    [batches] = grouped()
+    assert len(batches) == 50 // 8
+    for batch in batches:
+        assert torch.isin(batch[:4], FEW).all()
+        assert torch.isin(batch[4:], MANY).all()
+
+
+def test_each_pass_through_a_group_has_every_row_once_across_epochs() -> None:
+    with global_randomness_untouched():
+        batches = [batch for number in range(7) for batch in grouped(number)[0]]
+    for stream, size in ((torch.cat([b[:4] for b in batches]), 7), (torch.cat([b[4:] for b in batches]), 50)):
+        passes = [part.tolist() for part in stream.split(size) if len(part) == size]
+        assert len(passes) > 5
+        assert all(len(set(part)) == size for part in passes)
+        assert len({tuple(part) for part in passes}) == len(passes), "in another order each time"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_out_each_group(world: int) -> None:
+    [alone] = grouped(3)
+    shared = grouped(3, world=world)
+    for number, batch in enumerate(alone):
+        parts = [rank[number] for rank in shared]
+        few, many = 4 // world, 8 // world
+        assert all(len(part) == few + many for part in parts)
+        assert torch.equal(torch.cat([part[:few] for part in parts] + [part[few:] for part in parts]), batch)
+
+
+def test_groups_go_on_in_the_middle_of_an_epoch() -> None:
+    assert [b.tolist() for b in grouped(2, start=4)[0]] == [b.tolist() for b in grouped(2)[0][4:]]
+    assert grouped(2, seed=1)[0][0].tolist() != grouped(2)[0][0].tolist()
+
+
+def test_what_groups_are_refused() -> None:
+    with refused("counts = 3", "2 processes"):
+        GroupedBatches([FEW], [3], 0, 0, 2)
+    with refused("group 1 has no rows"):
+        GroupedBatches([FEW, FEW[:0]], [1, 1], 0)
+    with refused("counts = [1]"):
+        GroupedBatches([FEW, MANY], [1], 0)

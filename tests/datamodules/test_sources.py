@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import inspect
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms import v2
+from torchvision.transforms import functional, v2
 
 from datamodules.datamodule import Source
 from datamodules.errors import InputError
@@ -36,15 +37,21 @@ from datamodules.sources.digits import Digits
 from datamodules.sources.fetch import unpack
 from datamodules.sources.gtsrb import GTSRB
 from datamodules.sources.image_folder import ImageFolder
-from datamodules.sources.mnist import MNIST, FashionMNIST
+from datamodules.sources.mnist import KMNIST, MNIST, EMNISTLetters, FashionMNIST
+from datamodules.sources.noise import Noise
 from datamodules.sources.npz import Npz, channel_statistics
 from datamodules.sources.svhn import SVHN
+from datamodules.sources.usps import USPS
 from tests import fixtures_data as fixtures
 from tests.fixtures_data import TEST, TRAIN, Written
+from tests.helpers import uniformity
 
 KNOWN = {
     "MNIST": MNIST,
     "FashionMNIST": FashionMNIST,
+    "KMNIST": KMNIST,
+    "EMNISTLetters": EMNISTLetters,
+    "USPS": USPS,
     "CIFAR10": CIFAR10,
     "CIFAR100": CIFAR100,
     "SVHN": SVHN,
@@ -53,6 +60,9 @@ KNOWN = {
 WRITERS: dict[str, Callable[[Path], Written]] = {
     "MNIST": fixtures.write_mnist,
     "FashionMNIST": fixtures.write_fashion_mnist,
+    "KMNIST": fixtures.write_kmnist,
+    "EMNISTLetters": fixtures.write_emnist_letters,
+    "USPS": fixtures.write_usps,
     "CIFAR10": fixtures.write_cifar10_binary,
     "CIFAR100": fixtures.write_cifar100_binary,
     "SVHN": fixtures.write_svhn,
@@ -156,7 +166,7 @@ def test_what_is_known_before_reading_is_true_after_it(shared: Path, name: str) 
             assert torch.corrcoef(order)[0, 1] > 0.98  # the class can be seen, so images and labels belong together
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "USPS"])  # which is resized
 def test_pixels_and_labels_are_those_on_disk(data: Path, name: str) -> None:
     written = WRITERS[name](data)
     splits = source(name, data).read()
@@ -194,6 +204,9 @@ def test_missing_data_without_a_network_are_one_line(data: Path, name: str) -> N
     layout = {
         "MNIST": "MNIST/raw/*-ubyte",
         "FashionMNIST": "FashionMNIST/raw/*-ubyte",
+        "KMNIST": "KMNIST/raw/*-ubyte",
+        "EMNISTLetters": "EMNIST/raw/emnist-letters-*-ubyte",
+        "USPS": "usps.bz2 and usps.t.bz2",
         "CIFAR10": "cifar-10-batches-bin",
         "CIFAR100": "cifar-100-binary",
         "SVHN": "train_32x32.mat",
@@ -242,7 +255,7 @@ def test_a_line_tells_what_it_is_and_all_arguments_are_documented(kind: type[Sou
 
 
 # --- MNIST -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
 def test_idx_files_are_read_as_torchvision_reads_them(shared: Path, name: str) -> None:
     splits = source(name, shared).read()
     for train, images, labels in (
@@ -294,6 +307,72 @@ def test_mnist_is_downloaded_with_its_checksums(shared: Path, data: Path, monkey
     with pytest.raises(InputError) as caught:
         MNIST(data_dir=str(data)).prepare_data()
     one_line(caught, "download failed", "corrupted")
+
+
+def test_letters_are_downloaded_and_stand_upright(shared: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = fixtures.write_emnist_letters(data.with_name("elsewhere"))
+    server = data.with_name("server")
+    server.mkdir()
+    with zipfile.ZipFile(server / "all.zip", "w") as archive:
+        for path in sorted((shared / "EMNIST" / "raw").iterdir()):
+            archive.writestr(f"gzip/{path.name}.gz", gzip.compress(path.read_bytes()))
+        archive.writestr("gzip/emnist-digits-train-images-idx3-ubyte.gz", b"of no interest")
+    monkeypatch.setattr(datasets.EMNIST, "url", f"{server.as_uri()}/all.zip")
+    monkeypatch.setattr(datasets.EMNIST, "md5", hashlib.md5((server / "all.zip").read_bytes()).hexdigest())
+    made = ready(EMNISTLetters(data_dir=str(data), val_fraction=0))
+    assert made.train_set.images[:, 0].tolist() == written.train_images[..., 0].tolist()
+    assert made.train_set.labels.tolist() == written.train_labels.tolist()
+    assert len(list((data / "EMNIST" / "raw").iterdir())) == 4, "nothing else is left"
+
+
+# --- USPS ------------------------------------------------------------------------------------------------------------
+def test_usps_is_read_as_torchvision_reads_it(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for train, name in ((True, "usps"), (False, "usps.t")):
+        path = shared / "USPS" / f"{name}.bz2"
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        split = "train" if train else "test"
+        monkeypatch.setitem(datasets.USPS.split_list, split, ["", path.name, digest])
+        theirs = datasets.USPS(str(shared / "USPS"), train=train)
+        images, labels = USPS(data_dir=str(shared)).read_original(name)
+        difference = images[:, 0].int() - torch.from_numpy(theirs.data).int()
+        assert 0 <= int(difference.min()) <= int(difference.max()) <= 1, "they cut off, we round"
+        assert labels.tolist() == theirs.targets
+    written = fixtures.both(10, (16, 16, 1), 21)
+    assert images[:, 0].tolist() == written.test_images[..., 0].tolist()
+    assert labels.tolist() == written.test_labels.tolist()
+
+
+def test_usps_is_made_larger(shared: Path) -> None:
+    usps = USPS(data_dir=str(shared))
+    (small, _), large = usps.read_original("usps"), usps.read().train_images
+    assert large.shape == (TRAIN, 1, 28, 28)
+    torch.testing.assert_close(large.float().mean((1, 2, 3)), small.float().mean((1, 2, 3)), atol=2.0, rtol=0)
+    expected = functional.resize(small, [28, 28], antialias=False)
+    assert int((large.int() - expected.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda d: d[:-9], lambda d: bz2.compress(b"1 1:0.5\n"), lambda d: bz2.compress(b"no numbers"), lambda d: b""],
+)
+def test_a_damaged_usps_file_is_one_line(data: Path, change: Callable[[bytes], bytes]) -> None:
+    fixtures.write_usps(data)
+    path = data / "USPS" / "usps.t.bz2"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError) as caught:
+        ready(USPS(data_dir=str(data)))
+    one_line(caught, path, "remove it")
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+def test_noise_is_uniform_and_belongs_to_its_seed() -> None:
+    one, same, other = (ready(Noise((3, 8, 8), 5, 200, seed)) for seed in (0, 0, 1))
+    assert len(one.train_set) + len(one.val_set) == 200
+    assert len(one.test_set) == 20
+    assert uniformity(one.train_set.images_at(torch.arange(100)), 256) > 1e-3
+    assert one.train_set.digest() == same.train_set.digest() != other.train_set.digest()
+    with pytest.raises(InputError, match="images = 0"):
+        Noise(images=0)
 
 
 # --- CIFAR -----------------------------------------------------------------------------------------------------------

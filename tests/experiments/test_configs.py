@@ -23,9 +23,13 @@ ELSEWHERE = {
     "poison_frogs_dog_fish": (
         "--data.base.base.train=image_folder/train", "--data.base.base.test=image_folder/test",
         "--data.backbone.pretrained=false", "--model.backbone.pretrained=false",
-    )
+    ),
+    **dict.fromkeys(
+        ("mixmatch_mnist", "mixmatch_cifar_cpu", "fixmatch_mnist", "fixmatch_cifar_cpu"), ("--data.budget=20",)
+    ),
+    "knockoff_noise_mnist": ("--data.budget=64",),
 }  # fmt: skip
-"""Options in the stead of data and weights that are not to be had here."""
+"""Options in the stead of data and weights that are not to be had here, and of budgets larger than the tiny sets."""
 Command = Callable[..., Outcome]
 
 
