@@ -22,6 +22,7 @@ from datamodules.classes import Classes
 from datamodules.datamodule import ImageDataModule, Source
 from datamodules.imageset import Batch, ImageSet, fingerprint
 from datamodules.rewrite import Rewrite
+from datamodules.share import Share
 from datamodules.sources.cifar import CIFAR10, CIFAR100
 from datamodules.sources.digits import Digits
 from datamodules.sources.gtsrb import GTSRB
@@ -90,6 +91,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     BullseyePolytope: lambda base, seed: BullseyePolytope(base, extractor(), 3, 5, poisons=4, iterations=2, seed=seed),
     GradientMatching: lambda base, seed: GradientMatching(base, extractor(), 3, 5, iterations=2, restarts=2, seed=seed),
     KnockoffNets: lambda base, seed: KnockoffNets(base, LocalOracle(extractor()), budget=120, seed=seed),
+    Share: lambda base, seed: Share(base, 0.4, seed),
     Triggered: lambda base, seed: Triggered(base, PixelPattern(), name="outer"),
     Unlearnable: lambda base, seed: Unlearnable(
         base, partial(MLP, hidden=[8]), "class_wise", 16, 0.5, seed, noise_steps=1, step_size=6.0, stop_error=0.99
