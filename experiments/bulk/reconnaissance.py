@@ -29,7 +29,6 @@ from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit, options_of, start_config
 from experiments.registry import find_config
 from experiments.studies.resolve import resolve
-from extraction.knockoff_nets import KnockoffNets
 from extraction.reconnaissance.adversarial import fgsm, pgd, random_noise, with_signs
 from extraction.reconnaissance.membership import (
     auroc,
@@ -41,10 +40,14 @@ from extraction.reconnaissance.membership import (
     roc,
     tpr_at,
 )
+from extraction.strategy import Extraction
 from poisoning.extractor import load_extractor
 
-VICTIM_WEIGHTS = "data.weights"
+VICTIM_WEIGHTS = "data.oracle.weights"
 """The key of a surrogate's config that names its victim."""
+
+Measure = Callable[[Tensor, Tensor], float]
+"""Of an attack's (guesses, members)."""
 
 _BATCH = 256
 _COLOURS = ("#0067a5", "#cc4e00", "#3b8132", "#7a5195", "#666666")
@@ -173,7 +176,7 @@ def membership(
         victim: Weights, trained by `configs`.
         surrogate: Weights, trained by `surrogate_configs` on the victim's answers.
         configs: The victim's, whose data are a `Share` of the candidates.
-        surrogate_configs: The surrogate's, whose data are `KnockoffNets`.
+        surrogate_configs: The surrogate's, whose data are an extraction's, such as `KnockoffNets`.
         overrides: Keys that differ from the victim's configs.
         surrogate_overrides: Keys that differ from the surrogate's.
         data_pool: The surrogate's ``data.pool``, for a grid; it wins over the overrides.
@@ -205,6 +208,11 @@ def membership(
         scores["victim"].append(_scores(teacher / "weights.safetensors", data, images))
         scores["surrogate"].append(_scores(copy / "weights.safetensors", data, images))
     observed = {name: _scores(path, data, images) for name, path in (("victim", victim), ("surrogate", surrogate))}
+    measures: dict[str, Measure] = {
+        "auroc": auroc,
+        "tpr_at_1": partial(tpr_at, fpr=0.01),
+        "tpr_at_01": partial(tpr_at, fpr=0.001),
+    }
     rows: list[dict[str, Any]] = []
     curves: dict[str, dict[str, Tensor]] = {}
     for name, seen in observed.items():
@@ -212,7 +220,6 @@ def membership(
         curves[name] = found
         right = seen.argmax(1) == labels
         for attack, guess in found.items():
-            measures = {"auroc": auroc, "tpr_at_1": partial(tpr_at, fpr=0.01), "tpr_at_01": partial(tpr_at, fpr=0.001)}
             rows.append({
                 "through": name,
                 "attack": attack,
@@ -280,8 +287,8 @@ def _trained(
 def _asked_about(configs: Sequence[str], overrides: Mapping[str, Any], seed: int, candidates: Tensor) -> float:
     """The share of the candidates that the victim was asked about; by content, for ids are those of one source."""
     data = start_config(configs, overrides, seed).datamodule
-    if not isinstance(data, KnockoffNets):
-        raise bad("surrogate_configs", list(configs), "the surrogate's data must be KnockoffNets")
+    if not isinstance(data, Extraction):
+        raise bad("surrogate_configs", list(configs), "the surrogate's data must be of an extraction: KnockoffNets")
     asked = _prepared(data).train_set  # the answers are in the store: nothing is asked again
     known = {image.numpy().tobytes() for image in asked.images_at(torch.arange(len(asked)))}
     return sum(image.numpy().tobytes() in known for image in candidates) / len(candidates)
@@ -326,7 +333,8 @@ def _draw_images(shown: Mapping[str, Tensor], title: str, path: Path) -> None:
     axes = figure.subplots(len(shown), len(first), squeeze=False)
     for line, (name, images) in zip(axes, shown.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image.permute(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
+            pixels = image.permute(1, 2, 0).numpy()
+            axis.imshow(pixels[..., 0] if len(image) == 1 else pixels, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
