@@ -170,6 +170,9 @@ def membership(
 ) -> list[dict[str, Any]]:
     """Infer who was in the victim's training set, from the victim's scores and from the surrogate's.
 
+    The victim's scores are a query for each candidate; here they are read off its weights. The surrogate's cost no more
+    than the surrogate did.
+
     Args:
         folder: Of the cell; ``roc.png`` goes there.
         seed: The victim's: ``data.seed`` of its config, which says who the members are.
