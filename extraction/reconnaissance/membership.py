@@ -71,6 +71,9 @@ def _true(scores: Tensor, labels: Tensor) -> Tensor:
 def lira_online(observed: Tensor, shadows: Tensor, members: Tensor, own_variance: bool = False) -> Tensor:
     """Log N(φ; μ_in, σ_in²) − log N(φ; μ_out, σ_out²), with Gaussians fitted to shadow models for each candidate.
 
+    Where membership moves φ little, as through a copy, and shadow models are few, μ_in − μ_out is mostly noise, even in
+    its sign; `lira_offline`, which knows the sign, is better there.
+
     Args:
         observed: φ of the attacked network: real (N,).
         shadows: φ of each shadow model: real (S, N).
