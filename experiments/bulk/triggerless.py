@@ -8,7 +8,6 @@ github.com/aks2203/poisoning-benchmark): targets and base classes at random, bas
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
 from torch import Tensor, nn
 
 from classifiers.classifier import ImageClassifier
@@ -24,13 +22,14 @@ from classifiers.last_layers import scores, train_last_layers
 from datamodules.augment import FlipCrop
 from datamodules.classes import Classes
 from datamodules.datamodule import ImageDataModule
-from datamodules.errors import InputError, bad
+from datamodules.errors import bad
 from datamodules.imageset import ImageSet
 from datamodules.measures import wilson
 from datamodules.random import derive, generator
 from datamodules.rewrite import Rewrite
 from experiments.bulk.end_to_end import read_source
-from experiments.cli import CommandLine, start
+from experiments.bulk.fitting import fit as _fit
+from experiments.bulk.fitting import start_config as _start
 from experiments.pictures import source_of
 from poisoning.bullseye_polytope import centre
 from poisoning.extractor import features_in_parts, load_extractor
@@ -354,34 +353,6 @@ def from_scratch(
         ]
     finished = time.perf_counter()
     return _report(folder, attack, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))
-
-
-def _start(configs: Sequence[str], overrides: Mapping[str, Any] | None, seed: int) -> CommandLine:
-    """Model, data and trainer of a config, made and not run."""
-    named = [part for config in configs for part in ("--config", config)]
-    differs = {"seed_everything": seed, **(overrides or {})}
-    options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in differs.items()]
-    return start(["fit", *named, *options], act=False, keep=False, show=False)
-
-
-def _fit(line: CommandLine, data: ImageDataModule) -> ImageClassifier:
-    """Train the config's model on `data`, as long as the config says, with nothing kept."""
-    trainer = Trainer(
-        max_epochs=line.trainer.max_epochs,
-        precision=line.trainer.precision,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    model = line.model
-    if not isinstance(model, ImageClassifier):
-        raise InputError("configs: the model must be an ImageClassifier")
-    trainer.fit(model, data)
-    return model.eval()
 
 
 @torch.no_grad()

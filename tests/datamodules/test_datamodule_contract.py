@@ -24,6 +24,7 @@ from datamodules.datamodule import ImageDataModule, Source
 from datamodules.imageset import Batch, ImageSet, fingerprint
 from datamodules.loading import GroupedBatches
 from datamodules.rewrite import Rewrite
+from datamodules.share import Share
 from datamodules.sources.cifar import CIFAR10, CIFAR100
 from datamodules.sources.digits import Digits
 from datamodules.sources.gtsrb import GTSRB
@@ -110,6 +111,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     SemiSupervised: lambda base, seed: SemiSupervised(
         base, LocalOracle(extractor(), "label"), budget=120, labelled_batch=16, unlabelled_batch=48, seed=seed
     ),
+    Share: lambda base, seed: Share(base, 0.4, seed),
     Triggered: lambda base, seed: Triggered(base, PixelPattern(), name="outer"),
     Unlearnable: lambda base, seed: Unlearnable(
         base, partial(MLP, hidden=[8]), "class_wise", 16, 0.5, seed, noise_steps=1, step_size=6.0, stop_error=0.99

@@ -1,0 +1,59 @@
+"""Training what a config says from inside a bulk stage: a network among many, of which no run is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning import Trainer
+
+from classifiers.classifier import ImageClassifier
+from datamodules.datamodule import ImageDataModule
+from datamodules.errors import InputError
+from experiments.cli import CommandLine, start
+
+
+def start_config(configs: Sequence[str], overrides: Mapping[str, Any] | None, seed: int) -> CommandLine:
+    """Model, data and trainer of a config, made and not run.
+
+    Args:
+        configs: Names or paths; later ones win.
+        overrides: Keys that differ from them.
+        seed: ``seed_everything``.
+
+    Raises:
+        InputError: If a key or a type is wrong, in one line.
+    """
+    named = [part for config in configs for part in ("--config", config)]
+    return start(["fit", *named, *options_of(overrides, seed)], act=False, keep=False, show=False)
+
+
+def options_of(overrides: Mapping[str, Any] | None, seed: int) -> list[str]:
+    """Overrides and the seed as options of the command."""
+    differs = {"seed_everything": seed, **(overrides or {})}
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in differs.items()]
+
+
+def fit(line: CommandLine, data: ImageDataModule) -> ImageClassifier:
+    """Train the config's model on `data`, as long as the config says, with nothing kept.
+
+    Raises:
+        InputError: If the model is none of images.
+    """
+    trainer = Trainer(
+        max_epochs=line.trainer.max_epochs,
+        precision=line.trainer.precision,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    model = line.model
+    if not isinstance(model, ImageClassifier):
+        raise InputError("configs: the model must be an ImageClassifier")
+    trainer.fit(model, data)
+    return model.eval()
