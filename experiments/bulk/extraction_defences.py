@@ -20,7 +20,7 @@ from datamodules.imageset import ImageSet
 from datamodules.measures import wilson
 from datamodules.random import generator
 from experiments.bulk.end_to_end import read_source
-from experiments.bulk.triggerless import _fit, _start
+from experiments.bulk.fitting import fit, start_config
 from extraction.answers import labels, reveal, soft_labels
 from extraction.countermeasures import AveragedOracle, padded
 from extraction.defences import DAWN, PRADA, OutOfDistributionShare
@@ -49,7 +49,7 @@ def misleading(
     Returns:
         One row: its accuracy, which should be far below chance.
     """
-    line = _start(configs, overrides, seed)
+    line = start_config(configs, overrides, seed)
     model, data = line.model, line.datamodule
     data.prepare_data()
     data.setup("fit")
@@ -116,14 +116,14 @@ def defended(
         asked["data.oracle.k"] = k
     if defence is not None:
         asked["data.oracle.defence"] = defence
-    line = _start(configs, {**(overrides or {}), **asked}, seed)
+    line = start_config(configs, {**(overrides or {}), **asked}, seed)
     data = line.datamodule
     if not isinstance(data, Extraction) or not isinstance(data.oracle, LocalOracle):
         raise InputError("configs: the data must be an attack on a LocalOracle")
     acting = data.oracle.defence
     if repeats > 1:
         data.oracle = AveragedOracle(data.oracle, repeats)
-    surrogate = _fit(line, data)
+    surrogate = fit(line, data)
     data.setup("test")
     victim, test, train = load_classifier(weights), data.test_set, data.train_set
     guessed, truth = _scores(surrogate, test).argmax(1), _scores(victim, test)
