@@ -35,7 +35,7 @@ Report = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseTable:
     """Noise by sample id: a rewriter of an `Overlay`.
 
     Attributes:
@@ -170,7 +170,7 @@ class NoisePoison(Rewrite):
     def rewrite(self, train: ImageSet) -> Overlay:
         """The training set, with noise on the images drawn."""
         folder = self._entry(train)
-        noise = Noise(**load_tensors(folder / "noise.safetensors"))
+        noise = NoiseTable(**load_tensors(folder / "noise.safetensors"))
         self._crafting = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self._chosen = choose(train.labels >= 0, len(train), self.poison_fraction, "poison_fraction", self.seed)
         changed = torch.zeros(len(train), dtype=torch.bool)

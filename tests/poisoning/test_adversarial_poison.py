@@ -17,7 +17,7 @@ from datamodules.datamodule import ImageDataModule
 from datamodules.imageset import ImageSet
 from datamodules.sources.digits import Digits
 from poisoning.adversarial_poison import AdversarialPoison
-from poisoning.noise import Noise
+from poisoning.noise import NoiseTable
 from poisoning.victim import Victim
 from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
 
@@ -86,7 +86,7 @@ def test_epsilon_holds_on_uint8(epsilon: int) -> None:
 def test_noise_belongs_to_the_sample() -> None:
     data = poison()
     rewriter = data.train_set.rewriter  # type: ignore[attr-defined]
-    assert isinstance(rewriter, Noise)
+    assert isinstance(rewriter, NoiseTable)
     assert rewriter.table.shape == (1132, 1, 8, 8)
     ids = data.train_set.ids.flip(0)
     clean = all_images(data.base.train_set).flip(0)

@@ -18,7 +18,7 @@ from datamodules.datamodule import ImageDataModule
 from datamodules.imageset import ImageSet, Overlay
 from datamodules.sources.digits import Digits
 from poisoning.label_flip import LabelFlip
-from poisoning.noise import Noise, descend, input_gradient, shown
+from poisoning.noise import NoiseTable, descend, input_gradient, shown
 from poisoning.unlearnable import Unlearnable
 from poisoning.victim import Victim
 from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
@@ -128,7 +128,7 @@ def test_descent_lowers_the_loss_of_a_linear_model() -> None:
 
 def test_noise_is_added_by_id_and_clamped() -> None:
     table = torch.tensor([[8, -8], [-8, 127]], dtype=torch.int8).view(2, 1, 1, 2)
-    noise = Noise(table, ids=torch.tensor([3, 10, 11]), index=torch.tensor([1, 0, 0]))
+    noise = NoiseTable(table, ids=torch.tensor([3, 10, 11]), index=torch.tensor([1, 0, 0]))
     images = torch.tensor([[250, 3], [5, 200], [100, 100]], dtype=torch.uint8).view(3, 1, 1, 2)
     found = noise(images, torch.tensor([11, 3, 10]), {})
     assert found.dtype == torch.uint8
@@ -144,7 +144,7 @@ def test_noise_belongs_to_the_id_whatever_the_rows(kind: str) -> None:
     data = unlearnable(kind=kind)
     overlay = data.train_set
     assert isinstance(overlay, Overlay)
-    assert isinstance(overlay.rewriter, Noise)
+    assert isinstance(overlay.rewriter, NoiseTable)
     rows = torch.randperm(len(overlay), generator=torch.Generator().manual_seed(1))
     # another set with the same samples in another order, through the same rewriter
     other = Overlay(data.base.train_set, rows, rewriter=overlay.rewriter, key="same")
