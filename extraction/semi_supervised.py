@@ -11,7 +11,7 @@ is done with the latter is the model's: `MixMatchSurrogate`, `FixMatchSurrogate`
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ class Parts(NamedTuple):
     other_ids: Tensor
 
 
-class SemiSupervisedSurrogate(ImageClassifier):
+class SemiSupervisedSurrogate(ImageClassifier, ABC):
     """A classifier that trains on labelled and unlabelled images together; a subclass says how, in `joint_loss`.
 
     Args:
