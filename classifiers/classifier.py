@@ -7,6 +7,7 @@ model code and no new metric code. It takes pixels as they are stored and normal
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from lightning import Callback, LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
@@ -265,6 +266,9 @@ class ImageClassifier(LightningModule):
         if not trained:
             raise bad("backbone", type(self.net).__name__, "all of it is frozen, so there is nothing to train")
         optimizer: Optimizer = _made("optimizer", self.optimizer_factory, trained)
+        if isinstance(optimizer, LBFGS | SparseAdam):  # one asks for the loss again and again, one for sparse gradients
+            remedy = "it does not fit training by batches of images; choose torch.optim.SGD or torch.optim.AdamW"
+            raise bad("optimizer", type(optimizer).__name__, remedy)
         return optimizer
 
     def configure_optimizers(self) -> Any:
@@ -272,6 +276,7 @@ class ImageClassifier(LightningModule):
         optimizer = self.make_optimizer()
         if self.schedule_factory is None:
             return optimizer
+        _check_schedule(self.schedule_factory)
         steps = self.total_steps()
         if steps == float("inf"):
             raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give a number of epochs")
@@ -509,6 +514,17 @@ def _made(field: str, factory: Callable[..., Any], *given: Any) -> Any:
         some = ", ".join(f"{name}={values[name]!r}" for name in named or values)
         name = getattr(kind, "__name__", type(kind).__name__)
         raise InputError(f"{field} = {name}({some}): refused ({text}); give other values") from error
+
+
+def _check_schedule(factory: Callable[..., Any]) -> None:
+    """Refuse a schedule of torch that would take the number of steps for something else."""
+    kinds = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+    for kind in kinds:
+        if isinstance(kind, type) and kind.__module__ == LRScheduler.__module__:
+            second = list(inspect.signature(kind).parameters)[1]
+            if second not in ("T_max", "T_0", "total_iters"):
+                remedy = f"it would take the number of steps for {second}; choose OneCycle or Cosine"
+                raise bad("schedule", kind.__name__, remedy)
 
 
 def _describe(

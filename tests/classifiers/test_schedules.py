@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from classifiers.schedules import Cosine, OneCycle, Steps
+from datamodules.errors import InputError
 from datamodules.imageset import Batch
 from datamodules.sources.digits import Digits
 from tests.helpers import mlp, refused, tiny_trainer
@@ -101,3 +102,21 @@ def test_a_trainer_gives_the_number_of_steps_and_steps_once_for_each_batch() -> 
     tiny_trainer(max_epochs=2, limit_val_batches=0).fit(model, data)
     assert asked == [8]
     assert used == pytest.approx([0.3 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 0.75, 0.5, 0.25)])
+
+
+@pytest.mark.parametrize("kind", ["ExponentialLR", "StepLR", "OneCycleLR", "CosineAnnealingLR"])
+def test_a_schedule_of_torch_does_not_take_the_steps_for_something_else(kind: str) -> None:
+    model = mlp(Digits(batch_size=283), schedule=getattr(torch.optim.lr_scheduler, kind))
+    trainer = tiny_trainer(max_epochs=1, limit_val_batches=0, limit_train_batches=1)
+    if kind == "CosineAnnealingLR":
+        trainer.fit(model, Digits(batch_size=283))
+    else:
+        with pytest.raises(InputError, match=f"^schedule = '{kind}': it would take the number of steps for"):
+            trainer.fit(model, Digits(batch_size=283))
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "SparseAdam"])
+def test_an_optimizer_that_does_not_train_by_batches_is_refused(kind: str) -> None:
+    model = mlp(Digits(batch_size=283), optimizer=partial(getattr(torch.optim, kind), lr=0.1))
+    with pytest.raises(InputError, match=f"^optimizer = '{kind}': "):
+        tiny_trainer(max_epochs=1, limit_val_batches=0, limit_train_batches=1).fit(model, Digits(batch_size=283))

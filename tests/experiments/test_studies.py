@@ -576,7 +576,11 @@ def test_no_process_of_a_pool_outlives_its_study(tmp_path: Path, number: int) ->
     args = [sys.executable, "-c", code, "study", "--config", str(path), "--out", str(out), "--no-report"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(args, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    _wait_for(lambda: len(list((out / "work").glob("*/made/process"))) == 2 or process.poll() is not None)
+
+    def written() -> int:
+        return sum(file.stat().st_size > 0 for file in (out / "work").glob("*/made/process"))
+
+    _wait_for(lambda: written() == 2 or process.poll() is not None)
     workers = [int(file.read_text()) for file in (out / "work").glob("*/made/process")]
     assert len(workers) == 2
     if number == signal.SIGINT:
