@@ -21,6 +21,7 @@ from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError
 from datamodules.files import write_atomically
+from datamodules.imageset import ImageSet
 from datamodules.measures import Interval
 from experiments import pictures, rundir
 from experiments.wandb_logger import Wandb
@@ -47,6 +48,7 @@ class Record(Callback):
         self.measures: dict[str, Interval] = {}
         self.accepted: bool | None = None
         self.predictions: list[dict[str, Any]] = []
+        self._recorded: ImageSet | None = None
         self._trained = False
         self._sigterm: Any = None
         self._terminated = False
@@ -67,19 +69,26 @@ class Record(Callback):
                 write_atomically(self.folder / "config.yaml", self.config.encode())
         if stage != "fit":
             return
-        digest = datamodule.train_set.digest()
-        first = trainer.strategy.broadcast(digest)
-        if trainer.strategy.reduce_boolean_decision(digest != first, all=False):
-            raise InputError("the ranks hold different training sets: are their data folders the same?")
+        self._write_manifest(trainer)
         if not trainer.is_global_zero:
             return
-        rundir.write_json(self.folder / "manifest.json", self._manifest(datamodule, digest))
         if self.show and not datamodule.secret:
             pictures.write_grid(datamodule, self.folder / "poisons.png")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(self.config))
             if isinstance(logger, Wandb) and logger.version is not None:
                 (self.folder / "wandb_id").write_text(str(logger.version), encoding="utf-8")
+
+    def _write_manifest(self, trainer: Trainer) -> None:
+        """Check that all ranks hold the same training set, and write what it is."""
+        datamodule = _datamodule(trainer)
+        self._recorded = datamodule.train_set
+        digest = self._recorded.digest()
+        first = trainer.strategy.broadcast(digest)
+        if trainer.strategy.reduce_boolean_decision(digest != first, all=False):
+            raise InputError("the ranks hold different training sets: are their data folders the same?")
+        if trainer.is_global_zero:
+            rundir.write_json(self.folder / "manifest.json", self._manifest(datamodule, digest))
 
     def _manifest(self, datamodule: ImageDataModule, digest: str) -> dict[str, Any]:
         content: dict[str, Any] = {
@@ -106,6 +115,11 @@ class Record(Callback):
         return content
 
     # --- on the way --------------------------------------------------------------------------------------------------
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where a round brought another training set, it is what the manifest tells of."""
+        if _datamodule(trainer).train_set is not self._recorded:
+            self._write_manifest(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the epoch's curves; validation is over by now."""
         row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}

@@ -164,8 +164,6 @@ class Rounds(Extraction):
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches of this round's set; the same loader throughout a round."""
-        if self.trainer is not None:
-            _ = self.epochs  # refuses what does not fit, before anything is asked
         number = self._round()
         if self._loader_of is None or self._loader_of[0] != number:
             self._loader_of = (number, super().train_dataloader())
@@ -210,6 +208,8 @@ class Rounds(Extraction):
         return Asked(*(torch.cat(part) for part in zip(*self._asked, strict=True)))
 
     def _next(self, number: int) -> Asked:
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            _ = self.epochs  # refuses what does not fit, before anything is asked
         if not self._run:  # another run of the same config chooses by another surrogate, and pays for itself
             own = "" if self.trainer is None else str(self.trainer.strategy.broadcast(uuid4().hex))
             self._run = fingerprint(type(self).__name__, self.version, self.oracle.identity(), self._images().digest(),
