@@ -156,11 +156,11 @@ def _of_this_size(shown: Any, left_out: Sequence[str]) -> Any:
         return shown
     found = []
     for part in shown:
-        if isinstance(part, dict) and isinstance(stages := part.get("stage"), list) and stages:
-            part = {**part, "stage": [stage for stage in stages if stage not in left_out]}
-            if not part["stage"]:
-                continue
-        found.append(part)
+        stages = part.get("stage") if isinstance(part, dict) else None
+        if not isinstance(stages, list) or not stages:
+            found.append(part)
+        elif there := [stage for stage in stages if stage not in left_out]:
+            found.append({**part, "stage": there})
     return found
 
 
