@@ -254,7 +254,7 @@ def reached(rows: Iterable[Row], of: Quantity, along: str, level: float) -> tupl
         summary = summarise(by_value[(text,)], of, False)
         if summary.runs:
             most = float(text)
-            if summary.value >= level:
+            if summary.value >= level - 1e-9:  # a mean of shares is rounded
                 return most, True
     return most, False
 
