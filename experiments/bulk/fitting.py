@@ -35,14 +35,19 @@ def options_of(overrides: Mapping[str, Any] | None, seed: int) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in differs.items()]
 
 
-def fit(line: CommandLine, data: ImageDataModule) -> ImageClassifier:
-    """Train the config's model on `data`, as long as the config says, with nothing kept.
+def fit(line: CommandLine, data: ImageDataModule, epochs: int | None = None) -> ImageClassifier:
+    """Train the config's model on `data` with nothing kept.
+
+    Args:
+        line: Model and trainer.
+        data: What it is trained on.
+        epochs: How long; None: as long as the config says.
 
     Raises:
         InputError: If the model is none of images.
     """
     trainer = Trainer(
-        max_epochs=line.trainer.max_epochs,
+        max_epochs=line.trainer.max_epochs if epochs is None else epochs,
         precision=line.trainer.precision,
         devices=1,
         logger=False,
@@ -51,6 +56,7 @@ def fit(line: CommandLine, data: ImageDataModule) -> ImageClassifier:
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=getattr(line.trainer, "reload_dataloaders_every_n_epochs"),  # noqa: B009
     )
     model = line.model
     if not isinstance(model, ImageClassifier):

@@ -189,7 +189,7 @@ def _line(axis: Any, plot: Plot, line: Line, index: int, places: dict[str, float
     values = [_scaled(summary.value, plot) for _, summary in points]
     bounds = [_drawn_bounds(summary, plot) for _, summary in points]
     lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
-    joined = plot.categories is None
+    joined = plot.categories is None and plot.spec.kind != "points"
     if joined and len(points) > 1:
         axis.fill_between(xs, lows, highs, color=colour, alpha=0.14, linewidth=0)
     errors = [
@@ -201,7 +201,7 @@ def _line(axis: Any, plot: Plot, line: Line, index: int, places: dict[str, float
         values,
         yerr=errors,
         color=colour,
-        marker=MARKERS[index % len(MARKERS)],
+        marker=MARKERS[(index + index // len(MARKERS)) % len(MARKERS)],
         markersize=5,
         linestyle=DASHES[index % len(DASHES)] if joined else "none",
         linewidth=1.6,
@@ -275,7 +275,8 @@ def _places(plot: Plot) -> dict[str, float]:
     if plot.categories is not None:
         return {x: float(place) for place, x in enumerate(plot.categories)}
     published = [published_x(x) for each in plot.spec.published for x, _ in each.points]
-    return {x: float(x) for x in [*plot.xs, *published] if x not in plot.off_axis}
+    times = 100 if plot.x_share else 1
+    return {x: times * float(x) for x in [*plot.xs, *published] if x not in plot.off_axis}
 
 
 def _x_axis(axis: Any, plot: Plot, places: dict[str, float]) -> None:

@@ -55,6 +55,7 @@ class Plot:
         spec: What was asked for.
         lines: Those that have a point; a heatmap has one for each row of it.
         share: Whether values are shares, shown in per cent.
+        x_share: Whether those along x are.
         failed: Cells among those asked for that failed.
         missing: Cells that have not run.
         averaged: Columns of the grid over which the mean is taken as well.
@@ -66,6 +67,7 @@ class Plot:
     failed: int
     missing: int
     averaged: tuple[str, ...]
+    x_share: bool = False
 
     @property
     def xs(self) -> list[str]:
@@ -80,7 +82,7 @@ class Plot:
     @property
     def x_label(self) -> str:
         """Of the axis."""
-        return self.spec.x_label or heading(self.spec.x, self.spec.labels)
+        return self.spec.x_label or heading(self.spec.x, self.spec.labels) + (" (%)" if self.x_share else "")
 
     @property
     def y2_label(self) -> str:
@@ -97,7 +99,7 @@ class Plot:
     def categories(self) -> list[str] | None:
         """The x in order where they are names and not positions on an axis; None where they are numbers."""
         xs = ordered([*self.xs, *(published_x(x) for each in self.spec.published for x, _ in each.points)])
-        by_name = self.spec.kind != "line" or any(number(x) is None for x in self.xs)
+        by_name = self.spec.kind not in ("line", "points") or any(number(x) is None for x in self.xs)
         return xs if by_name else None
 
     @property
@@ -108,6 +110,8 @@ class Plot:
 
     def point_label(self, x: str) -> str:
         """What the reader sees of an x."""
+        if self.x_share and number(x) is not None:
+            return f"{100 * float(x):.2f}"
         return pretty(x, self.spec.labels)
 
     def how(self) -> str:
@@ -141,8 +145,8 @@ def plot(spec: FigureSpec, study: StudySpec, results: Results) -> Plot:
     Raises:
         InputError: If published points have no place on the axis.
     """
-    rows = results.select(spec.stage, spec.where)
-    numbers = all(number(row.get(spec.x, "")) is not None for row in rows) and spec.kind == "line"
+    rows = results.select(spec.stages, spec.where)
+    numbers = all(number(row.get(spec.x, "")) is not None for row in rows) and spec.kind in ("line", "points")
     for each in spec.published:
         for x, _ in each.points:
             if numbers and (number(str(x)) is None or (spec.x_scale == "log" and float(x) <= 0)):
@@ -154,7 +158,7 @@ def plot(spec: FigureSpec, study: StudySpec, results: Results) -> Plot:
     for name in ordered(key for (key,) in by_line):
         for of in spec.y:
             label = _label(spec, name if splitting else None, of)
-            by_x = grouped(by_line[(name,)], [spec.x])
+            by_x = grouped((row for row in by_line[(name,)] if row["status"] == "finished"), [spec.x])
             points = {x: summarise(by_x[(x,)], of, share) for x in ordered(key for (key,) in by_x)}
             points = {x: summary for x, summary in points.items() if summary.runs}
             if points:
@@ -168,7 +172,8 @@ def plot(spec: FigureSpec, study: StudySpec, results: Results) -> Plot:
         share=share,
         failed=cells(rows, "failed"),
         missing=cells(rows, "missing"),
-        averaged=tuple(averaged_over(groups, [key for key in results.grid(study, spec.stage) if key not in columns])),
+        averaged=tuple(averaged_over(groups, [key for key in results.grid(study, *spec.stages) if key not in columns])),
+        x_share=spec.kind == "points" and results.is_share(Quantity(spec.x)),
     )
 
 

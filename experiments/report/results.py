@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,19 +103,20 @@ class Results:
         """The columns that go with a measure."""
         return frozenset(f"{name}.{part}" for name in self.measures for part in ("low", "high", "n"))
 
-    def grid(self, study: StudySpec, stage: str) -> tuple[str, ...]:
-        """The columns in which the cells of a stage were made to differ, apart from the seed."""
-        if study.grids.get(stage):
-            return tuple(key for key in study.grids[stage] if key in self.columns)
+    def grid(self, study: StudySpec, *stages: str) -> tuple[str, ...]:
+        """The columns in which the cells of some stages were made to differ, apart from the seed."""
+        keys = dict.fromkeys(key for stage in stages for key in study.grids.get(stage, ()))
+        if keys:
+            return tuple(key for key in keys if key in self.columns)
         others = {*FIXED, *self.measures, *self.parts}
         return tuple(name for name in self.columns if name not in others and not name.startswith("fact."))
 
-    def select(self, stage: str, where: Mapping[str, Any]) -> list[Row]:
-        """The rows of a stage that have the wanted values, finished or not."""
+    def select(self, stages: Collection[str], where: Mapping[str, Any]) -> list[Row]:
+        """The rows of some stages that have the wanted values, finished or not."""
         return [
             row
             for row in self.rows
-            if row["stage"] == stage and all(is_one_of(row.get(key, ""), value) for key, value in where.items())
+            if row["stage"] in stages and all(is_one_of(row.get(key, ""), value) for key, value in where.items())
         ]
 
     def is_share(self, of: Quantity) -> bool:
@@ -161,12 +162,12 @@ def check(study: StudySpec, results: Results) -> None:
     specs += [(f"tables.{each.name}", each) for each in study.tables]
     for where, spec in specs:
         stages = {row["stage"] for row in results.rows} | set(study.grids)
-        if spec.stage not in stages:
-            raise InputError(
-                f"{where}.stage = {spec.stage!r}: the study has {', '.join(sorted(stages))}"
-                f"{did_you_mean(spec.stage, stages)}"
-            )
-        if not any(row["stage"] == spec.stage for row in results.finished):
+        for stage in spec.stages:
+            if stage not in stages:
+                raise InputError(
+                    f"{where}.stage = {stage!r}: the study has {', '.join(sorted(stages))}{did_you_mean(stage, stages)}"
+                )
+        if not any(row["stage"] in spec.stages for row in results.finished):
             continue
         for key, column in _columns_of(spec):
             if column not in results.columns:
@@ -175,11 +176,11 @@ def check(study: StudySpec, results: Results) -> None:
                 raise InputError(f"{where}.{key} = {column!r}: results.csv has no such column{hint}")
         quantities = spec.y if isinstance(spec, FigureSpec) else ()
         for of in quantities:
-            texts = [row[of.column] for row in results.finished if row["stage"] == spec.stage and row[of.column]]
+            texts = [row[of.column] for row in results.finished if row["stage"] in spec.stages and row[of.column]]
             if texts and all(number(text) is None for text in texts):
                 raise InputError(f"{where}.y = {of.column!r}: its values are no numbers, such as {texts[0]!r}")
         if isinstance(spec, FigureSpec) and spec.x_scale == "log":
-            for row in results.select(spec.stage, spec.where):
+            for row in results.select(spec.stages, spec.where):
                 if row["status"] == "finished" and number(row[spec.x]) is None:
                     raise InputError(f"{where}.x_scale = 'log': {spec.x} is {row[spec.x]!r}, which is no number")
         if len({results.is_share(of) for of in quantities if _measured(of, results)}) > 1:
@@ -189,7 +190,10 @@ def check(study: StudySpec, results: Results) -> None:
 def _columns_of(spec: FigureSpec | TableSpec) -> list[tuple[str, str]]:
     found = [("where." + key, key) for key in spec.where]
     if isinstance(spec, TableSpec):
-        return [*found, *(("rows", key) for key in spec.rows), *(("columns", q.column) for q in spec.columns)]
+        found += [*(("rows", key) for key in spec.rows), *(("columns", q.column) for q in spec.columns)]
+        if spec.reach is not None:
+            found += [("reach.of", spec.reach.of.column), ("reach.along", spec.reach.along)]
+        return found + ([("gain.of", q.column) for q in spec.gain.of] if spec.gain is not None else [])
     optional = [("series", spec.series), ("y2", spec.y2)]
     found += [(key, column) for key, column in optional if column is not None]
     return [*found, ("x", spec.x), *(("y", q.column) for q in spec.y)]
@@ -236,6 +240,38 @@ def summarise(rows: Iterable[Row], of: Quantity, share: bool) -> Summary:
         values, over = next(iter(by_seed.values())), "runs"
     found = over_seeds(values)
     return Summary(found.value, found.low, found.high, len(used), len(by_seed), counted, "t" if used else "", over)
+
+
+def reached(rows: Iterable[Row], of: Quantity, along: str, level: float) -> tuple[float | None, bool]:
+    """The least value of `along` at which the mean of `of` over seeds is `level` or more.
+
+    Returns:
+        That value and True; or the largest that was tried and False. None if nothing was measured.
+    """
+    most: float | None = None
+    by_value = grouped((row for row in rows if number(row.get(along, "")) is not None), [along])
+    for text in ordered(key for (key,) in by_value):
+        summary = summarise(by_value[(text,)], of, False)
+        if summary.runs:
+            most = float(text)
+            if summary.value >= level - 1e-9:  # a mean of shares is rounded
+                return most, True
+    return most, False
+
+
+def gained(rows: Iterable[Row], others: Iterable[Row], of: Quantity) -> Summary:
+    """The mean difference to other rows over the seeds that both have, with Student's t interval of the pairs."""
+    from datamodules.measures import over_seeds
+
+    def by_seed(some: Iterable[Row]) -> dict[tuple[str, ...], Summary]:
+        found = {seed: summarise(each, of, False) for seed, each in grouped(some, ["seed"]).items()}
+        return {seed: summary for seed, summary in found.items() if summary.runs}
+
+    mine, theirs = by_seed(rows), by_seed(others)
+    found = over_seeds([mine[seed].value - theirs[seed].value for seed in mine if seed in theirs])
+    known = "t" if found.n > 1 else ""
+    ends = (found.low, found.high) if known else (math.nan, math.nan)
+    return Summary(found.value, *ends, found.n, found.n, None, known)
 
 
 def grouped(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:

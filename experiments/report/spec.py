@@ -14,13 +14,15 @@ import yaml
 
 from datamodules.errors import InputError, bad, did_you_mean
 
-KINDS = ("line", "bars", "heatmap")
+KINDS = ("line", "bars", "points", "heatmap")
 SCALES = ("linear", "log")
 
 _FIGURE = ("name", "title", "stage", "kind", "x", "x_label", "x_scale", "y", "y_label", "y2", "y2_label", "labels",
            "series", "where", "published")  # fmt: skip
 _POINTS = ("label", "y", "series", "points", "source", "deviation")
-_TABLE = ("name", "title", "stage", "rows", "columns", "labels", "where", "published")
+_TABLE = ("name", "title", "stage", "rows", "columns", "labels", "where", "published", "reach", "gain")
+_REACH = ("of", "along", "levels")
+_GAIN = ("of", "over")
 _ENTRY = ("where", "source", "deviation")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _COMPLEMENT = re.compile(r"1\s*[-−–]\s*(\S.*)")
@@ -66,8 +68,9 @@ class FigureSpec:
     Attributes:
         name: Of its files.
         title: Over the picture.
-        stage: Whose cells it shows; empty: the study's only one.
-        kind: ``line``, ``bars`` or ``heatmap``.
+        stages: Whose cells it shows: ``stage`` in the YAML, a name or a list of them; left out: the study's only one.
+        kind: ``line``, ``bars``, ``points`` (a point for each x, not joined; runs of one series and the same x are
+            averaged) or ``heatmap``.
         x: The column along the axis.
         x_label: None: made from `x`.
         x_scale: ``linear`` or ``log``.
@@ -83,7 +86,7 @@ class FigureSpec:
 
     name: str
     title: str
-    stage: str
+    stages: tuple[str, ...]
     kind: str
     x: str
     y: tuple[Quantity, ...]
@@ -109,17 +112,42 @@ class PublishedEntry:
 
 
 @dataclass(frozen=True)
+class ReachSpec:
+    """A column for each level: the least `along` at which the mean of `of` over seeds is that or more."""
+
+    of: Quantity
+    along: str
+    levels: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GainSpec:
+    """A column for each quantity: a row's mean difference over seeds to the row that has the values `over`.
+
+    The other row agrees with this one in all that `over` does not name, and so do the seeds of each difference.
+    """
+
+    of: tuple[Quantity, ...]
+    over: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class TableSpec:
-    """A table: a row for each combination of the columns `rows`, the mean over seeds of each of `columns`."""
+    """A table: a row for each combination of the columns `rows`, the mean over seeds of each of `columns`.
+
+    After these come the columns of `reach` and `gain`.
+    """
 
     name: str
     title: str
-    stage: str
+    stages: tuple[str, ...]
     rows: tuple[str, ...]
     columns: tuple[Quantity, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
     where: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[PublishedEntry, ...] = ()
+    reach: ReachSpec | None = None
+    gain: GainSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +268,7 @@ def _figure(part: dict[str, Any], where: str, grids: Collection[str]) -> FigureS
     return FigureSpec(
         name=part["name"],
         title=_text(part, "title", where, part["name"].replace("_", " ")),
-        stage=_stage(part, where, grids),
+        stages=_stages(part, where, grids),
         kind=kind,
         x=_text(part, "x", where),
         y=y,
@@ -287,11 +315,13 @@ def _points(part: Any, where: str, y: Sequence[Quantity], series: bool) -> Publi
 def _table(part: dict[str, Any], where: str, grids: Collection[str]) -> TableSpec:
     _check_keys(part, _TABLE, where)
     rows = _texts(part, "rows", where)
-    columns = tuple(quantity(text) for text in _texts(part, "columns", where))
+    reach, gain = _reach(part, where), _gain(part, where, rows)
+    asked = _texts(part, "columns", where) if "columns" in part or not (reach or gain) else ()
+    columns = tuple(quantity(text) for text in asked)
     return TableSpec(
         name=part["name"],
         title=_text(part, "title", where, part["name"].replace("_", " ")),
-        stage=_stage(part, where, grids),
+        stages=_stages(part, where, grids),
         rows=rows,
         columns=columns,
         labels=_labels(part, where, {*rows, *(q.text for q in columns)}, open_ended=True),
@@ -300,7 +330,35 @@ def _table(part: dict[str, Any], where: str, grids: Collection[str]) -> TableSpe
             _entry(each, f"{where}.published[{number}]", rows, [q.text for q in columns])
             for number, each in enumerate(_listed(part, "published", where))
         ),
+        reach=reach,
+        gain=gain,
     )
+
+
+def _reach(part: Mapping[str, Any], where: str) -> ReachSpec | None:
+    asked, where = _mapping(part, "reach", where), f"{where}.reach"
+    if not asked:
+        return None
+    _check_keys(asked, _REACH, where)
+    levels = _listed(asked, "levels", where)
+    if not levels or not all(map(_is_number, levels)):
+        raise bad(f"{where}.levels", asked.get("levels"), "give a list of numbers, shares from 0 to 1")
+    return ReachSpec(quantity(_text(asked, "of", where)), _text(asked, "along", where), tuple(map(float, levels)))
+
+
+def _gain(part: Mapping[str, Any], where: str, rows: Collection[str]) -> GainSpec | None:
+    asked, where = _mapping(part, "gain", where), f"{where}.gain"
+    if not asked:
+        return None
+    _check_keys(asked, _GAIN, where)
+    over = _mapping(asked, "over", where)
+    if not over:
+        raise InputError(f"{where}.over: name the row that the others are compared with: a column and its value")
+    for key in over:
+        if key not in rows:
+            known = f"the table's rows differ in {', '.join(rows)}"
+            raise InputError(f"{where}.over.{key}: {known}{did_you_mean(str(key), rows)}")
+    return GainSpec(tuple(quantity(text) for text in _texts(asked, "of", where)), over)
 
 
 def _entry(part: Any, where: str, rows: Sequence[str], columns: Sequence[str]) -> PublishedEntry:
@@ -399,13 +457,16 @@ def _labels(part: Mapping[str, Any], where: str, known: Iterable[str], *, open_e
     return found
 
 
-def _stage(part: Mapping[str, Any], where: str, known: Collection[str]) -> str:
-    stage = _text(part, "stage", where, "")
-    if not stage and len(known) > 1:
-        raise InputError(f"{where}.stage: it is missing; the study has {', '.join(known)}")
-    if stage and known and stage not in known:
-        raise bad(f"{where}.stage", stage, f"the study has {', '.join(known)}{did_you_mean(stage, known)}")
-    return stage or next(iter(known), "")
+def _stages(part: Mapping[str, Any], where: str, known: Collection[str]) -> tuple[str, ...]:
+    if part.get("stage") is None:
+        if len(known) > 1:
+            raise InputError(f"{where}.stage: it is missing; the study has {', '.join(known)}")
+        return tuple(known) or ("",)
+    stages = _texts(part, "stage", where)
+    for stage in stages:
+        if known and stage not in known:
+            raise bad(f"{where}.stage", stage, f"the study has {', '.join(known)}{did_you_mean(stage, known)}")
+    return stages
 
 
 def _is_number(value: Any) -> bool:

@@ -15,12 +15,15 @@ from experiments.report.results import (
     Row,
     Summary,
     averaged_over,
+    canonical,
+    gained,
     grouped,
     heading,
     in_figures,
     is_one_of,
     number,
     pretty,
+    reached,
     spoken,
     summarise,
 )
@@ -82,7 +85,7 @@ def table(spec: TableSpec, study: StudySpec, results: Results) -> Table:
         study: It belongs to.
         results: Of that study; `check` has seen that the columns are there.
     """
-    chosen = results.select(spec.stage, spec.where)
+    chosen = results.select(spec.stages, spec.where)
     groups = grouped(chosen, spec.rows)
     letters = {index: _letter(index) for index in range(len(spec.published))}
     published = {of.text for of in spec.columns if any(of.text in each.values for each in spec.published)}
@@ -92,6 +95,17 @@ def table(spec: TableSpec, study: StudySpec, results: Results) -> Table:
         headings.append(heading(of.text, spec.labels) + unit)
         if of.text in published:
             headings.append(f"published{unit}")
+    if spec.reach is not None:
+        of, share = spec.reach.of, results.is_share(spec.reach.of)
+        measure = heading(of.text, spec.labels)
+        for level in spec.reach.levels:
+            shown = f"{100 * level:.10g} %" if share else f"{level:.10g}"
+            headings.append(f"{heading(spec.reach.along, spec.labels)} to {shown} {measure}")
+    if spec.gain is not None:
+        over = ", ".join(pretty(str(value), spec.labels) for value in spec.gain.over.values())
+        for of in spec.gain.of:
+            unit = " (points)" if results.is_share(of) else ""
+            headings.append(f"gain in {heading(of.text, spec.labels)} over {over}{unit}")
     rows, used, all_summaries = [], set(), []
     for key, members in groups.items():
         entries: list[Entry] = []
@@ -111,9 +125,16 @@ def table(spec: TableSpec, study: StudySpec, results: Results) -> Table:
                 ]
                 used |= {index for index, _ in theirs}
                 entries.append(_published(theirs, share, letters))
+        entries += _reached(spec, members)
+        for of in spec.gain.of if spec.gain is not None else ():
+            others = grouped(_compared(spec, members[0], chosen), spec.rows)
+            summary = gained(members, next(iter(others.values()), []), of)
+            entries.append(Entry("–") if members in others.values() else _entry(summary, results.is_share(of)))
         entries.append(_seeds(members))
         rows.append((tuple(pretty(text, spec.labels) for text in key), tuple(entries)))
-    averaged = averaged_over(groups.values(), [key for key in results.grid(study, spec.stage) if key not in spec.rows])
+    means = spec.columns or spec.gain  # what is needed for a level is no mean
+    keys = [key for key in results.grid(study, *spec.stages) if key not in spec.rows] if means else []
+    averaged = averaged_over(groups.values(), keys)
     return Table(
         spec=spec,
         keys=tuple(heading(key, spec.labels) for key in spec.rows),
@@ -122,6 +143,29 @@ def table(spec: TableSpec, study: StudySpec, results: Results) -> Table:
         notes={letters[index]: _source(each) for index, each in enumerate(spec.published) if index in used},
         remarks=_remarks(spec, results, chosen, all_summaries, averaged, used),
     )
+
+
+def _reached(spec: TableSpec, members: Sequence[Row]) -> list[Entry]:
+    """How much was needed for each level; where it was not reached, the most that was tried."""
+    found = []
+    for level in spec.reach.levels if spec.reach is not None else ():
+        assert spec.reach is not None
+        value, enough = reached(members, spec.reach.of, spec.reach.along, level)
+        text = "–" if value is None else in_figures(value, False)
+        found.append(Entry(text if enough or value is None else f"not reached ({text})"))
+    return found
+
+
+def _compared(spec: TableSpec, member: Row, chosen: Sequence[Row]) -> list[Row]:
+    """The rows that a row's gain is over."""
+    assert spec.gain is not None
+    same = [key for key in spec.rows if key not in spec.gain.over]
+    return [
+        row
+        for row in chosen
+        if all(is_one_of(row.get(key, ""), value) for key, value in spec.gain.over.items())
+        and all(canonical(row.get(key, "")) == canonical(member.get(key, "")) for key in same)
+    ]
 
 
 def _entry(summary: Summary, share: bool) -> Entry:
@@ -178,6 +222,13 @@ def _remarks(
         if known:
             images.append(f"{heading(of.text, spec.labels)} {spoken((min(known), max(known)))}")
     remarks += [f"test images a run: {', '.join(images)}"] if images else []
+    if spec.reach is not None:
+        remarks.append(
+            f"{heading(spec.reach.along, spec.labels)}: the least of those tried at which the mean over seeds is so "
+            f"much; not reached: in brackets the most that was tried"
+        )
+    if spec.gain is not None:
+        remarks.append("gain: the mean difference of the same seeds, with Student's t 95 % interval")
     if averaged:
         remarks.append(f"averaged over {', '.join(heading(key, spec.labels) for key in averaged)} too")
     out = left_out(cells(chosen, "failed"), cells(chosen, "missing"))

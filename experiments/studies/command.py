@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -260,9 +261,12 @@ def _run(spec: Study, cells: Sequence[Cell], out: Path, workers: int, threads: i
             print(f"nothing to run: {len(board.state) - failed} cells are finished{again}")
         return
     shown = set({cell.stage.name: cell.identity for cell in reversed(cells)}.values())  # the first of each stage
+    until = math.inf if spec.minutes is None else time.monotonic() + 60 * spec.minutes
     console = Console(file=sys.stdout)  # of now: what cells print is swallowed
     with Live(get_renderable=board.table, console=console, refresh_per_second=2):
         for stage in spec.stages:
+            if time.monotonic() >= until:
+                break
             todo = [cell for cell in cells if cell.stage is stage and board.state[cell.folder] == "waiting"]
             todo = list({cell.folder: cell for cell in todo}.values())
             ready = [cell for cell in todo if _inputs_are_there(cell, out, board)]
@@ -270,12 +274,18 @@ def _run(spec: Study, cells: Sequence[Cell], out: Path, workers: int, threads: i
                 _on_cluster(spec, ready, shown, out, threads, board)
             elif workers == 1:
                 for cell in ready:
+                    if time.monotonic() >= until:
+                        break
                     board.begin(cell)
                     board.end(cell, execute(cell, out, threads, cell.identity in shown))
             elif ready:
-                run_in_pool(ready, shown, out, workers, threads, board.begin, board.end)
+                run_in_pool(ready, shown, out, workers, threads, board.begin, board.end, until)
     if not console.is_terminal:
         console.print()  # which does not end the table's last line
+    left = Counter(cell.stage.name for cell in cells if board.state[cell.folder] == "waiting")
+    if left:
+        which = ", ".join(f"{count} of {name}" for name, count in left.items())
+        print(f"the {spec.minutes:g} minutes are over; left out: {which}; the same command goes on with them")
 
 
 def _inputs_are_there(cell: Cell, out: Path, board: Board) -> bool:

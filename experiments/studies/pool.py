@@ -6,11 +6,13 @@ does its own. Imports take ten seconds, most small cells less.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
@@ -87,6 +89,7 @@ def run_in_pool(
     threads: int,
     begin: Callable[[Cell], None],
     end: Callable[[Cell, str | None], None],
+    until: float = math.inf,
 ) -> None:
     """Run cells; one whose process dies fails alone.
 
@@ -98,6 +101,7 @@ def run_in_pool(
         threads: Of torch in each.
         begin: Called with each cell that is begun.
         end: Called with each that has ended, and its error or None.
+        until: When, by `time.monotonic`, no further cell is begun.
     """
     start_imports()
     context = multiprocessing.get_context(_method())
@@ -114,7 +118,7 @@ def run_in_pool(
         give(mine)
 
     def give(pipe: Any) -> None:
-        if not queue:
+        if not queue or time.monotonic() >= until:
             pipe.send(None)
             pipe.close()
             busy.pop(pipe).process.join()

@@ -54,6 +54,9 @@ def resolve(configs: tuple[str, ...], options: tuple[str, ...]) -> Resolved:
     parsed["trainer"] = {key: value for key, value in parsed["trainer"].items() if key not in UNIMPORTANT}
     versions = {path: int(getattr(resolve_name(path), "version", 1)) for path in _class_paths(parsed)}
     data, absent = _data(json.dumps(_source(parsed["data"])))
+    pool = (parsed["data"].get("init_args") or {}).get("pool")
+    if not absent and isinstance(pool, Mapping):
+        _, absent = _data(json.dumps(_source(pool)))
     return Resolved(yaml.safe_dump(whole(parsed)), data, versions, absent)
 
 

@@ -19,7 +19,7 @@ KINDS = ("local", "slurm", "submitit_local", "submitit_debug")
 """Of executors."""
 
 _STAGE = ("configs", "overrides", "grid", "exclude", "seeds", "seeded", "inputs", "function", "arguments")
-_STUDY = ("stages", "sizes", "figures", "tables", "workers", "executor", "wandb")
+_STUDY = ("stages", "sizes", "figures", "tables", "workers", "executor", "wandb", "minutes")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Study:
         workers: Processes; each gets its share of the cores, or one device.
         executor: ``kind``: ``local``, ``slurm``, or submitit's own ``submitit_local`` and ``submitit_debug``; the rest
             goes to submitit (``slurm_partition``, ``timeout_min``, …).
+        minutes: When so many have passed, no further cell is begun: those that run are finished, and the same command
+            goes on with the rest. None: no such cap. A cluster has its own: submitit's ``timeout_min``.
         wandb: Whether the report goes to W&B when all is done: one run for the study, none for a cell.
         config: What ``--config`` takes: the name of a shipped one, or the path.
     """
@@ -85,6 +87,7 @@ class Study:
     executor: Mapping[str, Value] = field(default_factory=lambda: {"kind": "local"})
     wandb: bool = False
     config: str = ""
+    minutes: float | None = None
 
 
 def read_study(path: Path, size: str | None = None) -> Study:
@@ -126,6 +129,11 @@ def read_study(path: Path, size: str | None = None) -> Study:
     wandb = spec.get("wandb", False)
     if not isinstance(wandb, bool):
         raise bad("wandb", wandb, "true or false is expected")
+    minutes = spec.get("minutes")
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0):
+        raise bad("minutes", minutes, "give the wall time after which no cell is begun, above 0")
+    for key in ("figures", "tables"):
+        spec[key] = _of_this_size(spec.get(key), [name for name, part in spec["stages"].items() if part is None])
     _check_report(path.stem, spec)
     return Study(
         name=path.stem,
@@ -137,8 +145,23 @@ def read_study(path: Path, size: str | None = None) -> Study:
         workers=workers,
         executor=executor,
         wandb=wandb,
+        minutes=minutes,
         config=path.stem if path.resolve().parent == configs_folder().resolve() / "studies" else str(path),
     )
+
+
+def _of_this_size(shown: Any, left_out: Sequence[str]) -> Any:
+    """Figures or tables of several stages, less those that this size leaves out, and less what then shows none."""
+    if not isinstance(shown, list):
+        return shown
+    found = []
+    for part in shown:
+        stages = part.get("stage") if isinstance(part, dict) else None
+        if not isinstance(stages, list) or not stages:
+            found.append(part)
+        elif there := [stage for stage in stages if stage not in left_out]:
+            found.append({**part, "stage": there})
+    return found
 
 
 def _check_report(name: str, spec: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from experiments.report import report, write_report
 from experiments.report.figures import COLOURS, draw
 from experiments.report.markup import Html, join, tag
 from experiments.report.plots import plot
-from experiments.report.results import check, is_one_of, read_results, summarise
+from experiments.report.results import check, gained, is_one_of, reached, read_results, summarise
 from experiments.report.spec import Quantity, parse, quantity, read_study
 from experiments.report.tables import as_latex, as_markdown, table
 
@@ -253,6 +253,67 @@ def test_runs_that_share_a_seed_are_averaged_before_the_interval_is_made(tmp_pat
     low, high = stats.t.interval(0.95, 1, 0.85, stats.sem([0.8, 0.9]))
     assert (alone.low, alone.high) == pytest.approx((low, high))
     assert (alone.over, alone.runs) == ("runs", 2)
+
+
+BUDGETS = [
+    a_row(stage, {"strategy": name, "budget": budget}, seed, {"fidelity": (k, 100)}, queries=budget)
+    for stage, name, budget, hits in (
+        ("pools", "random", 10, (80, 90, 70)),
+        ("pools", "random", 40, (91, 89, 90)),
+        ("pools", "random", 160, (96, 97, 95)),
+        ("seeds", "seeds", 5, (50, 60, 70)),
+        ("jacobian", "JbDA", 40, (53, 61, 75)),
+    )
+    for seed, k in enumerate(hits)
+]
+
+
+def of_budgets(folder: Path, **asked: Any) -> str:
+    stages = ["pools", "seeds", "jacobian"]
+    write_study(folder, BUDGETS, tables=[{"name": "t", "stage": stages, "rows": ["strategy"], **asked}])
+    study, _ = read_study(folder)
+    results = read_results(folder)
+    check(study, results)
+    return as_markdown(table(study.tables[0], study, results))
+
+
+def test_a_table_says_how_much_was_needed_for_a_level(tmp_path: Path) -> None:
+    markdown = of_budgets(tmp_path, reach={"of": "fidelity", "along": "queries", "levels": [0.9, 0.95, 0.98]})
+    assert "| strategy | queries to 90 % fidelity | queries to 95 % fidelity | queries to 98 % fidelity | seeds |" in (
+        markdown
+    )
+    assert "| random | 40 | 160 | not reached (160) | 3 |" in markdown, "one seed had 90 % at 10; their mean had not"
+    assert "| JbDA | not reached (40) | not reached (40) | not reached (40) | 3 |" in markdown
+    rows = read_results(tmp_path).rows
+    assert reached(rows[:9], Quantity("fidelity"), "queries", 0.8) == (10, True)
+    assert reached([], Quantity("fidelity"), "queries", 0.8) == (None, False)
+
+
+def test_a_gain_is_the_mean_of_differences_of_the_same_seeds(tmp_path: Path) -> None:
+    markdown = of_budgets(tmp_path, gain={"of": "fidelity", "over": {"strategy": "seeds"}})
+    assert "gain in fidelity over seeds (points)" in markdown
+    # differences 3, 1 and 5 points: 3 ± 4.3027 · 2 / √3, though the values themselves are 10 apart
+    assert "| JbDA | 3.00 ± 4.97 | 3 |" in markdown
+    assert "| seeds | – | 3 |" in markdown
+    rows = read_results(tmp_path).rows
+    pair = gained(rows[12:14], rows[10:12], Quantity("fidelity"))
+    assert (round(pair.value, 12), pair.runs) == (0.01, 1), "seed 1 alone is in both"
+    assert pair.interval == ""
+
+
+def test_points_have_a_share_along_x_in_per_cent(tmp_path: Path) -> None:
+    rows = [
+        a_row("pools", {"strategy": name}, seed, {"accuracy": (k, 100), "fidelity": (k + 1, 100)})
+        for name, hits in (("a", (50, 70)), ("b", (90,)))
+        for seed, k in enumerate(hits)
+    ]
+    figure = {"name": "goals", "kind": "points", "x": "accuracy", "y": ["fidelity"], "series": "strategy"}
+    write_study(tmp_path, rows, figures=[figure])
+    study, _ = read_study(tmp_path)
+    shown = plot(study.figures[0], study, read_results(tmp_path))
+    assert [list(line.points) for line in shown.lines] == [["0.5", "0.7"], ["0.9"]]
+    assert (shown.x_label, shown.point_label("0.5")) == ("accuracy (%)", "50.00")
+    assert draw(shown).png
 
 
 def test_a_measure_that_is_no_share_is_shown_as_it_is(tmp_path: Path) -> None:
@@ -606,6 +667,10 @@ def test_a_wrong_figure(tmp_path: Path, case: str) -> None:
             ("published[0].where.seeds", "data.poison_fraction"),
         ),
         ({"published": [{"attack_success_rate": "98 %", "source": "S"}]}, ("published[0].attack_success_rate", "98 %")),
+        ({"stage": ["attack", "atack"]}, ("tables.fractions.stage", "'atack'")),
+        ({"reach": {"of": "clean_accuracy", "along": "seed", "levels": []}}, ("tables.fractions.reach.levels",)),
+        ({"reach": {"of": "clean_accuracy", "along": "sed", "levels": [1]}}, ("tables.fractions.reach.along", "'sed'")),
+        ({"gain": {"of": "clean_accuracy", "over": {"seed": 0}}}, ("tables.fractions.gain.over.seed",)),
     ],
 )
 def test_a_wrong_table(tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -81,6 +81,12 @@ def dawdle(folder: Path, seed: int) -> list[dict[str, Any]]:
     return [{"trial": 0}]
 
 
+def nap(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """A cell of a second."""
+    time.sleep(1)
+    return [{"trial": 0}]
+
+
 def craft(folder: Path, seed: int, model_extractor: str, data_size: int, leave: bool = True) -> list[dict[str, Any]]:
     """Takes an earlier stage's weights, and leaves them and a picture behind."""
     read, _ = load_weights(model_extractor)
@@ -114,6 +120,7 @@ def without_times(out: Path) -> list[dict[str, str]]:
         (small(exclude=[{"data.poison_fractoin": 1}]), "no such key"),
         ({**small(), "executor": {"kind": "slrum"}}, "did you mean 'slurm'"),
         ({**small(), "workers": 0}, "1 or more"),
+        ({**small(), "minutes": 0}, "above 0"),
         ({"stages": {}}, "one stage or more"),
         ({**small(), "wandb": "yes please"}, "true or false"),
         ({**small(), "figures": [{"name": "f", "x": "seed", "y": ["a"], "x_lable": "x"}]}, "did you mean 'x_label'"),
@@ -152,6 +159,16 @@ def test_a_size_has_tables_and_figures_of_its_own(tmp_path: Path) -> None:
     assert [table["name"] for table in quick.tables] == ["other"]  # a list takes the place of the other
     assert [table["name"] for table in paper.tables] == ["one", "two"]
     assert (len(quick.figures), len(paper.figures)) == (0, 1)
+
+
+def test_a_size_without_a_stage_shows_the_others(tmp_path: Path) -> None:
+    content = small() | {"tables": [{"name": n, "rows": ["seed"], "columns": ["clean_accuracy"], "stage": stages}
+                         for n, stages in (("both", ["attack", "more"]), ("one", ["more"]))]}  # fmt: skip
+    content["stages"]["more"] = content["stages"]["attack"]
+    content["sizes"] = {"quick": {"stages": {"more": None}}, "paper": {}}
+    path = write(tmp_path / "s.yaml", content)
+    assert [(table["name"], table["stage"]) for table in read_study(path, "quick").tables] == [("both", ["attack"])]
+    assert [table["stage"] for table in read_study(path, "paper").tables] == [["attack", "more"], ["more"]]
 
 
 @pytest.mark.parametrize("path", sorted((configs_folder() / "studies").glob("*.yaml")), ids=lambda path: path.stem)
@@ -305,6 +322,13 @@ def test_a_study_runs_once_and_its_rows_can_be_traced(tmp_path: Path, capsys: py
     assert (out / "results.csv").read_bytes() == text
     assert study(["study", "--config", str(path), "--out", str(out), "--dry-run"]) == 0
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_pool_that_is_not_there_is_known_beforehand(tmp_path: Path) -> None:
+    pool = f"--data.pool={json.dumps({'class_path': 'GTSRB', 'init_args': {'data_dir': str(tmp_path)}})}"
+    path = configs_folder() / "knockoff_digits.yaml"
+    assert resolve((str(path),), (pool,)).absent.startswith("GTSRB: no gtsrb/GTSRB/Training, ")
+    assert not resolve((str(path),), ()).absent
 
 
 def test_a_failure_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
@@ -541,6 +565,24 @@ def test_a_sweep_runs_the_same_points(tmp_path: Path) -> None:
     assert sweep["parameters"]["seed_everything"] == {"values": [0, 1]}
     assert sweep["command"][:2] == ["lightning", "fit"]
     assert sweep["command"][-2:] == ["--trainer.max_epochs=1", "${args}"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_cell_is_begun_when_the_minutes_are_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    function = "tests.experiments.test_studies.nap"
+    stages = {"first": {"function": function, "seeds": [0, 1, 2, 3]}, "second": {"function": function, "seeds": [9]}}
+    path, out = write(tmp_path / "s.yaml", {"stages": stages, "minutes": 0.01}), tmp_path / "out"
+    args = ["study", "--config", str(path), "--out", str(out), "--no-report", "--workers", str(workers)]
+    assert study(args) == 0
+    rest = 4 - workers
+    states = [row["status"] for row in table(out)]
+    assert states == ["finished"] * workers + ["missing"] * (rest + 1)
+    said = capsys.readouterr().out
+    assert f"the 0.01 minutes are over; left out: {rest} of first, 1 of second; the same command goes on" in said
+    assert study(args) == 0
+    assert [row["status"] for row in table(out)].count("finished") == 2 * workers
 
 
 def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path) -> None:

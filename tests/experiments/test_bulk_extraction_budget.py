@@ -1,0 +1,90 @@
+"""Surrogates in bulk: what a strategy's variant, a budget and a number of steps come to, on the digits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from classifiers.backbones import MLP
+from datamodules.sources.digits import Digits
+from experiments.bulk.extraction_budget import epochs_for, equivalent, surrogate
+from experiments.bulk.fitting import start_config
+from extraction.strategy import Extraction
+from tests.helpers import mlp, refused
+
+FAST: dict[str, Any] = {
+    "overrides": {"model.backbone": {"class_path": "MLP", "init_args": {"hidden": [32]}}},
+    "mode": "label",
+}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    data = Digits()
+    data.setup()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = mlp(data, backbone=partial(MLP, hidden=[16]))
+    batch = data.train_set.__getitems__(torch.arange(len(data.train_set)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(model(batch.images), batch.labels).backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("victim") / "weights.safetensors"
+    model.save(path)
+    return str(path)
+
+
+def test_a_surrogate_is_measured_and_paid_for(tmp_path: Path, victim: str) -> None:
+    variants: dict[str, Any] = {"own": {}, "half": {"data.pool": "data/digits_candidates.yaml"}}
+    given = {**FAST, "configs": ["knockoff_digits"], "weights": victim, "variants": variants}
+    (row,) = surrogate(tmp_path, 0, strategy="own", budget=640, steps=200, **given)
+    assert (row["queries"], row["samples"], row["steps"]) == (640, 640, 200)
+    assert row["fidelity"]["value"] > 0.8
+    assert row["fidelity"]["n"] == row["accuracy"]["n"] == 10 * row["boundary_fidelity"]["n"] - 1
+    assert row["boundary_fidelity"]["value"] < row["fidelity"]["value"]
+    assert row["kl"] > 0
+    assert surrogate(tmp_path, 0, strategy="own", budget=640, steps=200, **given) == [row]
+    (half,) = surrogate(tmp_path, 0, strategy="half", budget=640, steps=1, **given)
+    assert half["queries"] < 640, "a pool of fewer images than the budget"
+    with refused("strategy = 'ownn'", "own"):
+        surrogate(tmp_path, 0, strategy="ownn", budget=640, **given)
+
+
+def test_rounds_are_run_and_each_has_the_steps(tmp_path: Path, victim: str) -> None:
+    given = {**FAST, "configs": ["jacobian_digits"], "weights": victim, "strategy": "JbDA"}
+    (row,) = surrogate(tmp_path, 0, budget=320, steps=10, **given)
+    assert row["queries"] == 320
+    assert row["steps"] == 2 * (1 + 1 + 1 + 2 + 5), "two epochs a round, of 20, 40, 80, 160 and 320 images"
+    given["overrides"] = {**FAST["overrides"], "data.rounds": 1}
+    (alone,) = surrogate(tmp_path, 0, budget=20, steps=10, **given)
+    assert (alone["queries"], alone["steps"]) == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("config", "budget", "epochs"),
+    [("knockoff_digits", 640, 10), ("knockoff_digits", 50, 100), ("active_learning_digits", 200, 5 * 34)],
+)
+def test_steps_are_whole_epochs(victim: str, config: str, budget: int, epochs: int) -> None:
+    asked = {"data.oracle.weights": victim, "data.budget": budget}
+    data = start_config([config], asked, 0).datamodule
+    assert isinstance(data, Extraction)
+    assert epochs_for(100, data) == epochs
+    with refused("steps = 0"):
+        epochs_for(0, data)
+
+
+def test_the_equivalent_network_is_a_surrogate_with_all_of_the_victims_labels(tmp_path: Path, victim: str) -> None:
+    given = {"weights": victim, "source": "data/digits.yaml", "strategy": "functionally equivalent"}
+    (row,) = equivalent(tmp_path, 0, mode="logits", **given)
+    assert row["fidelity"]["value"] == 1
+    assert row["accuracy"] == row["victim_accuracy"]
+    assert 0 < row["queries"] < 2**14
+    (row,) = equivalent(tmp_path, 0, mode="rounded_scores", **given)
+    assert row["failure"]
+    assert "fidelity" not in row
