@@ -155,7 +155,7 @@ class CommandLine(LightningCLI):
             value = config.trainer.get(key)
             if value is not None and not value >= least:
                 raise bad(f"trainer.{key}", value, f"it must be {least} or more")
-        _check_classes(config, ())
+        check_classes(config, ())
         dump = self.parser_of(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
         self.text = yaml.safe_dump({key: content[key] for key in KEPT}, sort_keys=False, allow_unicode=True)
@@ -376,17 +376,17 @@ def _complete(init_args: Namespace, config: Namespace, folder: Path, resumed: bo
         init_args["id"] = known.read_text().strip()
 
 
-def _check_classes(value: Any, where: tuple[str, ...]) -> None:
+def check_classes(value: Any, where: tuple[str, ...]) -> None:
     """Refuse a ``class_path`` that is no class: the parser would call any function with the arguments beside it."""
     if isinstance(value, Namespace):
         path = value.get("class_path")
         if isinstance(path, str) and not isinstance(resolve_name(path), type):
             raise bad(".".join(where), path, "is no class")
         for key, part in vars(value).items():
-            _check_classes(part, where if key == "init_args" else (*where, str(key)))
+            check_classes(part, where if key == "init_args" else (*where, str(key)))
     elif isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
-            _check_classes(part, where)
+            check_classes(part, where)
 
 
 def _root_of(error: BaseException) -> BaseException:

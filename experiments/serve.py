@@ -32,8 +32,8 @@ def serve(args: list[str]) -> int:
     Args:
         args: ``serve --weights FILE|RUN [--config FILE] [--port 8000] [--host 127.0.0.1] [--ledger FILE]
             [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]``; the config
-            has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle` with its mode,
-            defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are those of the key that is made.
+            has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle`, or a
+            `ForeignOracle`, with its mode, defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are those of the key that is made.
 
     Raises:
         InputError: Whatever a person got wrong.
@@ -85,7 +85,7 @@ def serve(args: list[str]) -> int:
         elif budget is not None or rate is not None:
             raise InputError("budget, rate: they are of a new key; name one with --new-key")
         address = f"{'https' if secure else 'http'}://{_in_url(host)}:{listening.getsockname()[1]}"
-        print(f"serving {oracle.weights} at {address} – {address}/docs, {address}/status", flush=True)
+        print(f"serving {oracle.named[1]} at {address} – {address}/docs, {address}/status", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
 
@@ -113,7 +113,8 @@ def _whole(given: dict[str, str], name: str) -> int | None:
 
 def _oracle(given: dict[str, str]) -> Any:
     """The `LocalOracle` that is to be served."""
-    from extraction.oracle import LocalOracle
+    from extraction.foreign import ForeignOracle
+    from extraction.oracle import InProcessOracle, LocalOracle
 
     section: dict[str, Any] = {"class_path": "LocalOracle", "init_args": {}}
     if "config" in given:
@@ -124,24 +125,30 @@ def _oracle(given: dict[str, str]) -> Any:
         if not isinstance(named, dict):
             raise bad("config", given["config"], "it has no section oracle with class_path: LocalOracle")
         section = {"class_path": named.get("class_path"), "init_args": dict(named.get("init_args") or {})}
-    if section["class_path"] not in ("LocalOracle", "extraction.oracle.LocalOracle"):
-        raise bad("oracle.class_path", section["class_path"], "only a LocalOracle can be served")
+    kinds = {path: kind for kind in (LocalOracle, ForeignOracle) for path in (kind.__name__, _path(kind))}
+    kind = kinds.get(section["class_path"])
+    if kind is None:
+        raise bad("oracle.class_path", section["class_path"], "only a LocalOracle or a ForeignOracle can be served")
     if "weights" in given:
+        if kind is ForeignOracle:
+            raise bad("weights", given["weights"], "the config's oracle has a victim of its own; leave one out")
         section["init_args"]["weights"] = given["weights"]
-    if "weights" not in section["init_args"]:
+    if kind is LocalOracle and "weights" not in section["init_args"]:
         raise InputError("weights: name the victim: lightning serve --weights runs/victim_digits")
     if "config" not in given:
         return LocalOracle(given["weights"])
 
-    from experiments.cli import Parser
+    from experiments.cli import Parser, check_classes
     from experiments.complaints import input_error, one_line
     from experiments.registry import import_all
 
     import_all()
     parser = Parser()
-    parser.add_argument("--oracle", type=LocalOracle)
+    parser.add_argument("--oracle", type=InProcessOracle)
     try:
-        return parser.instantiate(parser.parse_object({"oracle": section})).oracle
+        parsed = parser.parse_object({"oracle": section})
+        check_classes(parsed, ())
+        return parser.instantiate(parsed).oracle
     except Exception as error:
         ours = input_error(error)
         if ours is not None:
@@ -149,6 +156,10 @@ def _oracle(given: dict[str, str]) -> Any:
         if isinstance(error, argparse.ArgumentError):
             raise InputError(one_line(error, ("oracle",))) from error
         raise
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,7 +1,7 @@
 """The oracle: the only door to a victim. An attacker asks with images and gets answers, never the module.
 
-`LocalOracle` has the victim in this process, `extraction.http.RemoteOracle` behind a network; an attack runs unchanged
-against either.
+`LocalOracle` has a victim of ours in this process, `extraction.foreign.ForeignOracle` one of someone else's, and
+`extraction.http.RemoteOracle` either behind a network; an attack runs unchanged against all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.classifier import load_classifier
 from classifiers.weights import content_hash, find_weights, load_weights
 from datamodules.errors import bad
 from datamodules.imageset import fingerprint
@@ -23,7 +23,7 @@ from extraction.answers import Answers, check_mode
 from extraction.defences.detector import Detector
 from extraction.defences.perturbation import Perturbation
 from extraction.ledger import Account, Ledger
-from extraction.service import Service, check_service
+from extraction.service import Domain, Model, Service, check_service
 
 
 class Client(Protocol):
@@ -122,11 +122,10 @@ class Oracle(ABC):
         """Whoever measures fidelity: gets all scores, undefended, on an account of his own; None: there is no such."""
 
 
-class LocalOracle(Oracle):
-    """A victim in this process: an interface that counts, and not a security boundary.
+class InProcessOracle(Oracle):
+    """A victim in this process, wherever it comes from: an interface that counts, and not a security boundary.
 
     Args:
-        weights: Of the victim: a weights file, a run's folder, or a config's folder of runs.
         mode: See `Oracle`.
         k: See `Oracle`.
         defence: What it does to its scores; None: nothing.
@@ -145,7 +144,6 @@ class LocalOracle(Oracle):
 
     def __init__(
         self,
-        weights: str,
         mode: str = "scores",
         k: int | None = None,
         defence: Perturbation | None = None,
@@ -160,27 +158,43 @@ class LocalOracle(Oracle):
         check_service(mode, k, defence, response, batch_size)
         if price < 0:
             raise bad("price", price, "it must be 0 or more")
-        self.weights, self.defence, self.detector, self.response = weights, defence, detector, response
+        self.defence, self.detector, self.response = defence, detector, response
         self.price, self.batch_size, self.device, self.precision = price, batch_size, device, precision
-        self._loaded: ImageClassifier | None = None
+        self._opened: Model | None = None
 
+    # --- for the subclass --------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def named(self) -> tuple[str, str]:
+        """The argument that names the victim, and its value."""
+
+    @abstractmethod
+    def made_for(self) -> tuple[int, tuple[int, int, int]]:
+        """Number of classes and image shape of the victim."""
+
+    @abstractmethod
+    def victim_identity(self) -> tuple[str, ...]:
+        """What tells this victim from all others."""
+
+    @abstractmethod
+    def open(self) -> Model:
+        """The victim itself, ready to answer."""
+
+    # --- the oracle --------------------------------------------------------------------------------------------------
     def identity(self) -> str:
-        """Of the victim's weights, the mode, and the settings of defence and detector."""
-        tensors, architecture = load_weights(find_weights(self.weights))
+        """Of the victim, the mode, and the settings of defence and detector."""
         watched = None if self.detector is None else (identity_of(self.detector), self.response)
         return fingerprint(
-            self.version, content_hash(tensors), repr(architecture), self.mode, self.k, identity_of(self.defence),
-            watched, self.precision,
+            self.version, *self.victim_identity(), self.mode, self.k, identity_of(self.defence), watched,
+            self.precision,
         )  # fmt: skip
 
     def check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         """See that the victim is for such data."""
-        _, architecture = load_weights(find_weights(self.weights))
-        if architecture is None:
-            raise bad("weights", self.weights, "the file does not tell what network it is; export it with `fit`")
-        if (architecture.num_classes, *architecture.image_shape) != (num_classes, *image_shape):
-            made = f"{architecture.num_classes} classes and images of {'×'.join(map(str, architecture.image_shape))}"
-            raise bad("weights", self.weights, f"this victim is for {made}; choose one for these data")
+        classes, shape = self.made_for()
+        if (classes, *shape) != (num_classes, *image_shape):
+            made = f"{classes} classes and images of {'×'.join(map(str, shape))}"
+            raise bad(*self.named, f"this victim is for {made}; choose one for these data")
         check_mode(self.mode, self.k, num_classes)
 
     def client(self, name: str, budget: int | None = None) -> LocalClient:
@@ -196,24 +210,82 @@ class LocalOracle(Oracle):
         """What answers attackers, on a ledger."""
         return Service(
             self._victim, ledger, self.mode, self.k, self.defence, self.detector, self.response, self.batch_size,
-            device=self.device, precision=self.precision,
+            Domain(self.made_for()[1]), self.device, self.precision,
         )  # fmt: skip
 
     def evaluation(self, ledger: Ledger) -> Service:
         """What answers evaluators, on a ledger: all scores, undefended and unwatched."""
-        return Service(self._victim, ledger, batch_size=self.batch_size, device=self.device)
+        domain = Domain(self.made_for()[1])
+        return Service(self._victim, ledger, batch_size=self.batch_size, domain=domain, device=self.device)
 
     @property
     def num_classes(self) -> int:
         """K of the victim."""
-        return self._victim.num_classes
+        return self.made_for()[0]
 
     @property
-    def _victim(self) -> ImageClassifier:
-        if self._loaded is None:
+    def _victim(self) -> Model:
+        if self._opened is None:
             with torch.random.fork_rng(devices=[]):  # a network is initialised before weights are put into it
-                self._loaded = load_classifier(find_weights(self.weights))
-        return self._loaded
+                self._opened = self.open()
+        return self._opened
+
+
+class LocalOracle(InProcessOracle):
+    """A victim of ours in this process.
+
+    Args:
+        weights: Of the victim: a weights file, a run's folder, or a config's folder of runs.
+        mode: See `Oracle`.
+        k: See `Oracle`.
+        defence: See `InProcessOracle`.
+        detector: See `InProcessOracle`.
+        response: See `InProcessOracle`.
+        price: See `InProcessOracle`.
+        batch_size: See `InProcessOracle`.
+        device: See `InProcessOracle`.
+        precision: See `InProcessOracle`.
+
+    Raises:
+        InputError: If a value is wrong.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        mode: str = "scores",
+        k: int | None = None,
+        defence: Perturbation | None = None,
+        detector: Detector | None = None,
+        response: str = "watch",
+        price: float = 1.0,
+        batch_size: int = 256,
+        device: str | None = None,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__(mode, k, defence, detector, response, price, batch_size, device, precision)
+        self.weights = weights
+
+    @property
+    def named(self) -> tuple[str, str]:
+        """Its weights."""
+        return "weights", self.weights
+
+    def made_for(self) -> tuple[int, tuple[int, int, int]]:
+        """As the file says."""
+        _, architecture = load_weights(find_weights(self.weights))
+        if architecture is None:
+            raise bad("weights", self.weights, "the file does not tell what network it is; export it with `fit`")
+        return architecture.num_classes, architecture.image_shape
+
+    def victim_identity(self) -> tuple[str, ...]:
+        """Of the weights, wherever they lie, and the network."""
+        tensors, architecture = load_weights(find_weights(self.weights))
+        return content_hash(tensors), repr(architecture)
+
+    def open(self) -> Model:
+        """The classifier, rebuilt."""
+        return load_classifier(find_weights(self.weights))
 
 
 def identity_of(part: object) -> str:
