@@ -32,8 +32,9 @@ def serve(args: list[str]) -> int:
     Args:
         args: ``serve --weights FILE|RUN [--config FILE] [--port 8000] [--host 127.0.0.1] [--ledger FILE]
             [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]``; the config
-            has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle`, or a
-            `ForeignOracle`, with its mode, defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are those of the key that is made.
+            has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle` or a
+            `ForeignOracle` with its mode, defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are
+            those of the key that is made.
 
     Raises:
         InputError: Whatever a person got wrong.

@@ -1,8 +1,7 @@
-"""What an attacker does who knows of a defence: he asks again, under more names, or among harmless queries.
+"""What an attacker does who knows of a defence: asks again, under more names, among harmless queries, or trusts less.
 
 Each is a client around clients, and an oracle around an oracle, so that any strategy's YAML takes it where it takes an
-oracle; they may be nested. Two need none of this: to use labels alone is the mode ``label``, and rounded scores are
-renormalised by `extraction.answers.soft_labels` as all scores are.
+oracle; they may be nested. What does not sum to 1 is renormalised by `extraction.answers.soft_labels`.
 
 Every query is paid for. `Oracle.per_image` says how many an image costs, and a strategy asks about so many fewer.
 """
@@ -19,7 +18,7 @@ from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import ImageSet, fingerprint
 from datamodules.random import generator
-from extraction.answers import Answers
+from extraction.answers import Answers, labels
 from extraction.ledger import Account
 from extraction.oracle import Client, Oracle
 
@@ -72,6 +71,39 @@ def averaged(answers: Sequence[Answers]) -> Answers:
     if values.shape[1]:
         raise InputError("mode: only labels, all scores or logits are averaged; choose label, scores or logits")
     return Answers(torch.stack([each.classes for each in answers]).mode(0).values, values)
+
+
+class Coarse:
+    """Trusts the first decimals of scores, or the likeliest class alone: a defence hides in what is left out.
+
+    Args:
+        client: Who asks.
+        decimals: That are kept of each score; None: none at all, only which is the largest.
+
+    Raises:
+        InputError: If `decimals` is below 0.
+    """
+
+    def __init__(self, client: Client, decimals: int | None = None) -> None:
+        _not_below_0(decimals)
+        self.client, self.decimals = client, decimals
+
+    def query(self, images: Tensor, request: str | None = None) -> Answers:
+        """Ask; see `Client`. Where all scores become 0 an answer says nothing."""
+        answers = self.client.query(images, request)
+        if self.decimals is None:
+            return Answers(labels(answers)[:, None], answers.values[:, :0])
+        return answers._replace(values=torch.round(answers.values, decimals=self.decimals))
+
+    @property
+    def account(self) -> Account:
+        """How it stands."""
+        return self.client.account
+
+    @property
+    def left(self) -> int | None:
+        """Queries left in the budget; None: any number."""
+        return self.client.left
 
 
 class Sybil:
@@ -220,6 +252,35 @@ class AveragedOracle(_Around):
         return Averaging(self.oracle.client(name, budget), self.repeats)
 
 
+class CoarseOracle(_Around):
+    """An oracle of whose answers a part is used, see `Coarse`.
+
+    Args:
+        oracle: Which; its mode shows scores, unless `decimals` is None.
+        decimals: That are kept of each score; None: the mode is ``label``.
+
+    Raises:
+        InputError: If the mode does not fit or `decimals` is below 0.
+    """
+
+    def __init__(self, oracle: Oracle, decimals: int | None = None) -> None:
+        _not_below_0(decimals)
+        if decimals is not None and oracle.mode not in ("label_score", "top_k", "scores"):
+            raise bad("oracle.mode", oracle.mode, "only scores have decimals: label_score, top_k or scores")
+        super().__init__(oracle)
+        self.decimals = decimals
+        if decimals is None:
+            self.mode, self.k = "label", None
+
+    def identity(self) -> str:
+        """Of the inner oracle and the number."""
+        return fingerprint("coarse", self.version, self.oracle.identity(), self.decimals)
+
+    def client(self, name: str, budget: int | None = None) -> Coarse:
+        """Someone who trusts less."""
+        return Coarse(self.oracle.client(name, budget), self.decimals)
+
+
 class SybilOracle(_Around):
     """An oracle that is asked under several names, see `Sybil`.
 
@@ -286,6 +347,11 @@ class PaddedOracle(_Around):
         self.benign.prepare_data()
         self.benign.setup("fit")
         return self.benign.train_set
+
+
+def _not_below_0(decimals: int | None) -> None:
+    if decimals is not None and decimals < 0:
+        raise bad("decimals", decimals, "give a whole number, 0 or more, or null for labels alone")
 
 
 def _positive(field: str, value: int) -> None:

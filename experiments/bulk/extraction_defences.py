@@ -21,14 +21,16 @@ from datamodules.measures import wilson
 from datamodules.random import generator
 from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit, start_config
-from extraction.answers import labels, reveal, soft_labels
-from extraction.countermeasures import AveragedOracle, padded
+from experiments.cli import CommandLine
+from extraction.answers import labels, soft_labels
+from extraction.countermeasures import AveragedOracle, CoarseOracle, PaddedOracle, SybilOracle, padded
 from extraction.defences import DAWN, PRADA, OutOfDistributionShare
 from extraction.defences.detector import Detector
 from extraction.defences.honest import honest_cost
 from extraction.defences.out_of_distribution import calibrated
 from extraction.defences.perturbation import in_padded_batches
-from extraction.oracle import LocalOracle
+from extraction.ledger import Ledger
+from extraction.oracle import LocalOracle, Oracle
 from extraction.strategy import Extraction
 
 _BATCH = 128
@@ -77,6 +79,8 @@ def defended(
     second: str,
     settings: Mapping[str, Mapping[str, Any]],
     setting: str,
+    dawn_share: float = 0.005,
+    below: float = 0.02,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train a surrogate on defended answers, and measure it and what the defence costs honest users.
@@ -87,52 +91,66 @@ def defended(
         configs: The attack's: model, trainer, and an `Extraction` from a `LocalOracle`.
         weights: Of the victim.
         second: Of adaptive misinformation's f′.
-        settings: By name: ``defence`` (a class path with arguments, or null), ``mode``, ``k``, ``repeats``.
+        settings: By name. What is served: ``defence`` and ``detector`` (class paths with arguments), ``response``,
+            ``mode``, ``k``. An attacker who knows of it: ``against`` names the setting that is served, and he uses
+            ``arg_max`` alone, keeps ``decimals`` of each score, asks ``repeats`` times, pads with benign queries up to
+            the share ``padding``, or asks under so many ``names``.
         setting: Which of them.
+        dawn_share: Of the images that DAWN marks.
+        below: The share of holdout images below the out-of-distribution detector's confidence.
         overrides: Keys that differ.
 
     Returns:
-        One row. ``honest_l1`` compares what users make of the answers with the victim's scores, the loss by the answer
-        mode included. ``dawn_p`` is DAWN's verdict on the surrogate, under this cell's key; where another defence was
-        in force it is a control.
+        One row. The honest user asks about all test images, of the same oracle; ``honest_l1`` compares what he makes of
+        the answers with the victim's scores, the loss by the answer mode included. Padding is with training images of
+        the victim, the most benign ones there are. ``dawn_p`` is DAWN's verdict on the surrogate, under this cell's
+        key; where another defence was in force it is a control.
 
     Raises:
         InputError: If there is no such setting, or the configs describe something else.
     """
     if setting not in settings:
         raise bad("setting", setting, f"choose one of {', '.join(settings)}{did_you_mean(setting, settings)}")
-    chosen = dict(settings[setting] or {})
+    attacker = dict(settings[setting] or {})
+    served = attacker.pop("against", setting)
+    if served not in settings:
+        raise bad(f"settings.{setting}.against", served, f"choose one of {', '.join(settings)}")
+    chosen = dict(settings[served] or {}) if served != setting else attacker
     key = folder / "dawn.key"
     key.write_bytes(hashlib.sha256(f"{seed} key of an experiment".encode()).digest())
-    defence = chosen.get("defence")
-    if defence is not None:
-        given = {"AdaptiveMisinformation": {"weights": second}, "DAWN": {"key_file": str(key)}}
-        name = str(defence["class_path"])
-        own = given.get(name.rpartition(".")[2], {})
-        defence = {"class_path": name, "init_args": {**defence.get("init_args", {}), **own}}
-    mode, k, repeats = chosen.get("mode", "scores"), chosen.get("k"), chosen.get("repeats", 1)
-    asked = {"data.oracle.weights": weights, "data.oracle.mode": mode, "data.seed": seed}
-    if k is not None:
-        asked["data.oracle.k"] = k
-    if defence is not None:
-        asked["data.oracle.defence"] = defence
+    asked = {"data.oracle.weights": weights, "data.seed": seed, "data.oracle.mode": "scores"}
+    asked |= {f"data.oracle.{name}": chosen[name] for name in ("mode", "k", "response") if name in chosen}
+    given: dict[str, dict[str, Any]] = {
+        "AdaptiveMisinformation": {"weights": second},
+        "DAWN": {"key_file": str(key), "share": dawn_share},
+    }
+    for name in ("defence", "detector"):
+        if name in chosen:
+            path, own = str(chosen[name]["class_path"]), dict(chosen[name].get("init_args", {}))
+            more: dict[str, Any] = given.get(path, {})
+            if path == "OutOfDistributionShare":
+                more = {"confidence": _confidence(configs, overrides, seed, weights, below)}
+            asked[f"data.oracle.{name}"] = {"class_path": path, "init_args": {**more, **own}}
     line = start_config(configs, {**(overrides or {}), **asked}, seed)
-    data = line.datamodule
-    if not isinstance(data, Extraction) or not isinstance(data.oracle, LocalOracle):
-        raise InputError("configs: the data must be an attack on a LocalOracle")
-    acting = data.oracle.defence
-    if repeats > 1:
-        data.oracle = AveragedOracle(data.oracle, repeats)
+    data = _attack(line)
+    oracle = data.oracle
+    assert isinstance(oracle, LocalOracle)
+    if served != setting:
+        data.oracle = aware(oracle, data.base, seed, **attacker)
     surrogate = fit(line, data)
     data.setup("test")
     victim, test, train = load_classifier(weights), data.test_set, data.train_set
     guessed, truth = _scores(surrogate, test).argmax(1), _scores(victim, test)
-    images, numbers = _images(test), torch.arange(len(test))
-    answers = reveal(truth if acting is None else acting(truth, images, numbers), mode, k)
-    cost = honest_cost(truth, soft_labels(answers, mode, truth.shape[1]), test.labels)
-    verdict = DAWN(str(key)).verify(_images(train), _scores(victim, train), _scores(surrogate, train).argmax(1))
+    ledger = folder / "honest.sqlite"
+    answers = oracle.service(Ledger(ledger)).answer("honest user", _images(test), "all")
+    ledger.unlink()
+    cost = honest_cost(truth, soft_labels(answers, oracle.mode, truth.shape[1]), test.labels)
+    mark = DAWN(str(key), dawn_share)
+    verdict = mark.verify(_images(train), _scores(victim, train), _scores(surrogate, train).argmax(1))
     return [
         {
+            "defence": served,
+            "attacker": "naive" if served == setting else "defence-aware",
             "surrogate_accuracy": _share(guessed == test.labels),
             "surrogate_fidelity": _share(guessed == truth.argmax(1)),
             "images": len(train),
@@ -145,6 +163,44 @@ def defended(
             "dawn_p": verdict.p_value,
         }
     ]
+
+
+def aware(
+    oracle: Oracle,
+    benign: ImageDataModule,
+    seed: int,
+    *,
+    arg_max: bool = False,
+    decimals: int | None = None,
+    repeats: int = 1,
+    padding: float = 0.0,
+    names: int = 1,
+) -> Oracle:
+    """The oracle as an attacker asks it who knows of its defence; see `defended`, and `extraction.countermeasures`."""
+    if repeats > 1:
+        oracle = AveragedOracle(oracle, repeats)
+    if arg_max or decimals is not None:
+        oracle = CoarseOracle(oracle, None if arg_max else decimals)
+    if padding:
+        oracle = PaddedOracle(oracle, benign, padding, seed)
+    return SybilOracle(oracle, names) if names > 1 else oracle
+
+
+def _attack(line: CommandLine) -> Extraction:
+    data = line.datamodule
+    if not isinstance(data, Extraction) or not isinstance(data.oracle, LocalOracle):
+        raise InputError("configs: the data must be an attack on a LocalOracle")
+    return data
+
+
+def _confidence(
+    configs: Sequence[str], overrides: Mapping[str, Any] | None, seed: int, weights: str, below: float
+) -> float:
+    """What the owner of the victim would set: calibrated on a holdout of its task."""
+    base = _attack(start_config(configs, {**(overrides or {}), "data.oracle.weights": weights}, seed)).base
+    base.prepare_data()
+    base.setup("fit")
+    return calibrated(_scores(load_classifier(weights), base.val_set), below)
 
 
 def detection(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction.answers import Answers, labels
-from extraction.countermeasures import Averaging, Padded, Sybil, averaged, padded
+from extraction.answers import Answers, labels, soft_labels
+from extraction.countermeasures import Averaging, Coarse, CoarseOracle, Padded, Sybil, averaged, padded
 from extraction.defences import PRADA, GaussianNoise
-from extraction.ledger import BudgetError, Ledger
-from extraction.oracle import LocalClient
+from extraction.ledger import Account, BudgetError, Ledger
+from extraction.oracle import LocalClient, LocalOracle
 from extraction.service import Domain, Service
 from tests.helpers import refused
 
@@ -55,6 +55,46 @@ def test_the_most_frequent_label_and_what_cannot_be_averaged() -> None:
         averaged([Answers(torch.zeros(1, 1).long(), torch.ones(1, 1))] * 2)
     with refused("repeats = 0"):
         Averaging(None, 0)  # type: ignore[arg-type]
+
+
+class Says:
+    """A client with one answer."""
+
+    left = None
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+
+    def query(self, images: Tensor, request: str | None = None) -> Answers:
+        return self.answers
+
+    @property
+    def account(self) -> Account:
+        return Account(3, 3, 0, 0.0)
+
+
+def test_few_decimals_or_none_are_trusted() -> None:
+    scores = torch.tensor([[0.44, 0.36, 0.2], [0.1, 0.84, 0.06], [0.3, 0.3, 0.4]])
+    client = Says(Answers(torch.zeros(3, 0).long(), scores))
+    one = Coarse(client, 1).query(pictures(3))
+    torch.testing.assert_close(one.values, torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]))
+    none = soft_labels(Coarse(client, 0).query(pictures(3)), "scores", 3)
+    torch.testing.assert_close(none, torch.tensor([[1 / 3] * 3, [0, 1, 0], [1 / 3] * 3]))
+    best = Coarse(client).query(pictures(3))
+    assert best.classes.tolist() == [[0], [1], [2]]
+    assert best.values.shape == (3, 0)
+    assert Coarse(client).account.queries == 3
+
+
+def test_decimals_of_an_oracle_that_has_none_are_refused() -> None:
+    best = CoarseOracle(LocalOracle("nowhere", "top_k", k=3))
+    assert (best.mode, best.k, best.per_image) == ("label", None, 1)
+    kept = CoarseOracle(LocalOracle("nowhere", "top_k", k=3), 1)
+    assert (kept.mode, kept.k) == ("top_k", 3)
+    with refused("oracle.mode = 'label'", "decimals"):
+        CoarseOracle(LocalOracle("nowhere", "label"), 1)
+    with refused("decimals = -1"):
+        CoarseOracle(LocalOracle("nowhere"), -1)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 10])
