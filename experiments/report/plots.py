@@ -159,6 +159,8 @@ def plot(spec: FigureSpec, study: StudySpec, results: Results) -> Plot:
         for of in spec.y:
             label = _label(spec, name if splitting else None, of)
             by_x = grouped((row for row in by_line[(name,)] if row["status"] == "finished"), [spec.x])
+            if spec.kind == "points":  # each row by itself; those of one x are told apart by spaces after it
+                by_x = {(x + " " * place,): [row] for (x,), rows in by_x.items() for place, row in enumerate(rows)}
             points = {x: summarise(by_x[(x,)], of, share) for x in ordered(key for (key,) in by_x)}
             points = {x: summary for x, summary in points.items() if summary.runs}
             if points:

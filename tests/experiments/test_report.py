@@ -316,6 +316,20 @@ def test_points_have_a_share_along_x_in_per_cent(tmp_path: Path) -> None:
     assert draw(shown).png
 
 
+def test_points_of_one_x_are_not_averaged(tmp_path: Path) -> None:
+    rows = [
+        a_row("pools", {"setting": name}, 0, {"cost": (50, 100), "fidelity": (hits, 100)})
+        for name, hits in (("a", 20), ("b", 90))
+    ]
+    write_study(tmp_path, rows, figures=[{"name": "f", "kind": "points", "x": "cost", "y": ["fidelity"]}])
+    study, _ = read_study(tmp_path)
+    (line,) = plot(study.figures[0], study, read_results(tmp_path)).lines
+    assert [float(x) for x in line.points] == [0.5, 0.5]
+    assert [summary.value for summary in line.points.values()] == [0.2, 0.9]
+    assert {summary.interval for summary in line.points.values()} == {"wilson"}
+    assert draw(plot(study.figures[0], study, read_results(tmp_path))).png
+
+
 def test_a_measure_that_is_no_share_is_shown_as_it_is(tmp_path: Path) -> None:
     rows = [a_row("attack", {"data.k": k}, seed, {"clean_accuracy": (9, 10)}) for k in (1, 2) for seed in (0, 1)]
     for place, row in enumerate(rows):
