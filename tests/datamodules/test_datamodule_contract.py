@@ -37,6 +37,7 @@ from datamodules.sources.usps import USPS
 from datamodules.triggers import PixelPattern
 from experiments.registry import PACKAGES, import_all
 from extraction.active_learning import ActiveLearning
+from extraction.adaptive_knockoff import AdaptiveKnockoff
 from extraction.dfme import DFME, DataFree
 from extraction.fixmatch import FixMatchSurrogate
 from extraction.jacobian_augmentation import JacobianAugmentation
@@ -105,6 +106,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     BullseyePolytope: lambda base, seed: BullseyePolytope(base, extractor(), 3, 5, poisons=4, iterations=2, seed=seed),
     GradientMatching: lambda base, seed: GradientMatching(base, extractor(), 3, 5, iterations=2, restarts=2, seed=seed),
     KnockoffNets: lambda base, seed: KnockoffNets(base, LocalOracle(extractor()), budget=120, seed=seed),
+    AdaptiveKnockoff: lambda base, seed: AdaptiveKnockoff(base, LocalOracle(extractor()), 120, seed=seed),
     ActiveLearning: lambda base, seed: ActiveLearning(base, LocalOracle(extractor()), 120, seed=seed),
     JacobianAugmentation: lambda base, seed: JacobianAugmentation(base, LocalOracle(extractor()), 120, 20, seed=seed),
     DataFree: lambda base, seed: DataFree(base, LocalOracle(extractor()), budget=2 * 1792, seed=seed),
