@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench layers crafting kills overhead pins wheel clean
+.PHONY: help setup demo test lint types unit format bench layers crafting labelling kills overhead pins wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -45,6 +45,9 @@ bench: $(BIN)/.installed ## speed against plain torchvision and bare Lightning, 
 
 layers: $(BIN)/.installed ## many last layers trained together against one by one (minutes)
 	$(BIN)/python -m tests.benchmarks.last_layers --trials 634
+
+labelling: $(BIN)/.installed ## an oracle's labels in batches against one by one
+	$(BIN)/python -m tests.benchmarks.labelling
 
 crafting: $(BIN)/.installed ## feature collisions crafted together against one by one in ART, if it is installed (minutes)
 	$(BIN)/python -m tests.benchmarks.crafting

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from datamodules.errors import InputError, bad
 from datamodules.random import generator
+from extraction.oracle import Client
 
 Query = Callable[[Tensor], Tensor]
 """float64 (N, d) → float64 (N, K)."""
@@ -103,6 +104,11 @@ class _Counted:
             found = found.log()
             found = found - found.mean(1, keepdim=True)
         return found
+
+
+def through(client: Client) -> Query:
+    """Asks an oracle whose domain is float64 vectors and whose mode is ``logits`` or ``scores``; it counts."""
+    return lambda x: client.query(x).values
 
 
 def extract(

@@ -235,11 +235,12 @@ class Ledger:
             return Entry(connection, client, int(number), int(first), answer), False
         spent = self._queries(connection, client)
         self._refuse("budget", "queries", self._budget(client), spent, len(contents))
-        before = self._samples(connection, client)
+        before = 0 if self.samples is None else self._samples(connection, client)
         connection.executemany(
             "INSERT OR IGNORE INTO samples VALUES (?, ?)", ((client, content) for content in contents)
         )
-        self._refuse("samples", "samples", self.samples, before, self._samples(connection, client) - before)
+        if self.samples is not None:
+            self._refuse("samples", "samples", self.samples, before, self._samples(connection, client) - before)
         cost = len(contents) * self.price / 1000
         cursor = connection.execute(
             "INSERT INTO requests (client, request, content, first, queries, cost, at) VALUES (?, ?, ?, ?, ?, ?, ?)",

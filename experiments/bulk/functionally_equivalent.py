@@ -17,14 +17,20 @@ from datamodules.measures import wilson
 from datamodules.random import generator
 from experiments import rundir
 from experiments.bulk.end_to_end import read_source
-from extraction.functionally_equivalent import ExtractionError, Network, Query, certify, extract
+from extraction.defences import Rounding
+from extraction.functionally_equivalent import ExtractionError, Network, Query, certify, extract, through
+from extraction.ledger import BudgetError, Ledger
+from extraction.oracle import LocalClient
+from extraction.service import Domain, Service
 
 ANSWERS = ("logits", "one_logit", "scores", "rounded_scores")
 """What the network shows: all logits, the first alone, all scores, scores of six decimals."""
 
+_BATCH = 64
+
 
 def recover(
-    folder: Path, seed: int, *, weights: str, source: str, answers: str, **victims: Any
+    folder: Path, seed: int, *, weights: str, source: str, answers: str, budget: int | None = None, **victims: Any
 ) -> list[dict[str, Any]]:
     """Attack one network, and compare what was recovered with it.
 
@@ -35,6 +41,7 @@ def recover(
             normalisation, any real number.
         source: A YAML of data, on whose test images both are compared.
         answers: One of `ANSWERS`.
+        budget: Queries that the oracle answers at most; None: any number.
         victims: Grid values that belong to the victim and have done their work.
 
     Returns:
@@ -55,19 +62,25 @@ def recover(
     (w, b), (a, c) = ((layer.weight.detach().double(), layer.bias.detach().double()) for layer in layers)
     truth = Network(w, b, a, c)
     d, kind = w.shape[1], "scores" if answers.endswith("scores") else "logits"
-    asks: dict[str, Query] = {
-        "logits": truth,
-        "one_logit": lambda x: truth(x)[:, :1],
-        "scores": lambda x: truth(x).softmax(1),
-        "rounded_scores": lambda x: truth(x).softmax(1).round(decimals=6),
-    }
-    ask = asks[answers]
+    model_of: dict[str, Query] = {"one_logit": lambda x: truth(x)[:, :1]}
+    ledger = Ledger(folder / "ledger.sqlite", budget)
+    defence = Rounding(6) if answers == "rounded_scores" else None
+    served = Service(
+        model_of.get(answers, truth),
+        ledger,
+        kind,
+        defence=defence,
+        batch_size=_BATCH,
+        domain=Domain((d,), torch.float64),
+    )
+    client = LocalClient(served)
     began = time.perf_counter()
     row: dict[str, Any] = {"parameters": sum(part.numel() for part in (w, b, a, c))}
     try:
-        found = extract(ask, d, kind, seed)
-    except ExtractionError as error:
-        return [row | {"recovered": 0, "failure": str(error), "attack_seconds": round(time.perf_counter() - began, 2)}]
+        found = extract(through(client), d, kind, seed)
+    except (ExtractionError, BudgetError) as error:
+        asked = {"queries": client.account.queries, "attack_seconds": round(time.perf_counter() - began, 2)}
+        return [row | {"recovered": 0, "failure": str(error)} | asked]
     seconds = time.perf_counter() - began
     private = generator(seed, "certificate")
     images = data.test_set.images_at(torch.arange(len(data.test_set)))
@@ -78,7 +91,7 @@ def recover(
     }
     shown: Query = truth
     if answers == "one_logit":
-        shown = ask
+        shown = model_of[answers]
     elif answers == "scores":  # logits are known up to a constant
         shown = lambda x: truth(x) - truth(x).mean(1, keepdim=True)  # noqa: E731
     certificate = certify(found, shown, inputs)
@@ -87,8 +100,8 @@ def recover(
         "recovered": 1,
         "failure": "",
         "width_found": len(found.weights),
-        "queries": found.queries,
-        "log2_queries": math.log2(found.queries),
+        "queries": client.account.queries,
+        "log2_queries": math.log2(client.account.queries),
         "attack_seconds": round(seconds, 2),
         **{f"difference_{name}": value for name, value in certificate.differences.items()},
     }

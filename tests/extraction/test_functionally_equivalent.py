@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from extraction.functionally_equivalent import ExtractionError, Network, certify, extract
+from extraction.functionally_equivalent import ExtractionError, Network, certify, extract, through
+from extraction.ledger import BudgetError, Ledger
+from extraction.oracle import LocalClient
+from extraction.service import Domain, Service
 
 
 def network(inputs: int, hidden: int, outputs: int, seed: int = 0) -> Network:
@@ -116,3 +120,42 @@ def test_float32_is_refused() -> None:
     truth = network(10, 4, 2)
     with pytest.raises(ExtractionError, match="float64"):
         extract(lambda x: truth(x).float(), 10)
+
+
+# --- through an oracle ------------------------------------------------------------------------------------------------
+def oracle(truth: Network, ledger: Ledger, mode: str = "logits") -> LocalClient:
+    domain = Domain((truth.weights.shape[1],), torch.float64)
+    return LocalClient(Service(truth, ledger, mode, batch_size=64, domain=domain))
+
+
+@pytest.mark.parametrize("mode", ["logits", "scores"])
+def test_an_oracle_of_real_inputs_charges_every_query(tmp_path: Path, mode: str) -> None:
+    truth = network(20, 8, 3)
+    client = oracle(truth, Ledger(tmp_path / "ledger"), mode)
+    found = extract(through(client), 20, mode)
+    assert client.account.queries == found.queries
+    assert len(found.weights) == 8
+    # a second oracle on the same ledger has all answers still, and the account
+    assert oracle(truth, Ledger(tmp_path / "ledger"), mode).account == client.account
+
+
+def test_beyond_the_budget_nothing_is_asked(tmp_path: Path) -> None:
+    truth = network(20, 8, 3)
+    enough = extract(truth, 20).queries
+    calls = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return truth(x)
+
+    short = Ledger(tmp_path / "short", enough - 1)
+    client = LocalClient(Service(model, short, "logits", batch_size=64, domain=Domain((20,), torch.float64)))
+    with pytest.raises(BudgetError, match=f"^budget = {enough - 1}: "):
+        extract(through(client), 20)
+    assert client.account.queries < enough
+    spent, made = client.account.queries, len(calls)
+    with pytest.raises(BudgetError):
+        client.query(torch.zeros(enough, 20, dtype=torch.float64))
+    assert (client.account.queries, len(calls)) == (spent, made)
+    client = oracle(truth, Ledger(tmp_path / "exact", enough))
+    assert extract(through(client), 20).queries == client.account.queries == enough

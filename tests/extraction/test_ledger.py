@@ -74,7 +74,7 @@ def test_a_kill_in_the_middle_of_a_charge_leaves_no_trace(tmp_path: Path) -> Non
     ledger.charge("a", "1", images(1))
     code = (
         "import os, signal, sys; from extraction.ledger import Ledger\n"
-        "l = Ledger(sys.argv[1])\n"
+        "l = Ledger(sys.argv[1], samples=100)\n"
         "l._refuse = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if a[0] == 'samples' else None\n"
         "l.charge('a', '2', [b'x' * 32])"
     )
