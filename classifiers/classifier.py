@@ -524,7 +524,7 @@ def _check_schedule(factory: Callable[..., Any]) -> None:
             second = list(inspect.signature(kind).parameters)[1]
             if second not in ("T_max", "T_0", "total_iters"):
                 remedy = f"it would take the number of steps for {second}; choose OneCycle or Cosine"
-                raise bad("schedule", kind.__name__, remedy)
+                raise InputError(f"schedule = {kind.__name__}: {remedy}")
 
 
 def _describe(

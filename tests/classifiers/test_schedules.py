@@ -111,7 +111,7 @@ def test_a_schedule_of_torch_does_not_take_the_steps_for_something_else(kind: st
     if kind == "CosineAnnealingLR":
         trainer.fit(model, Digits(batch_size=283))
     else:
-        with pytest.raises(InputError, match=f"^schedule = '{kind}': it would take the number of steps for"):
+        with pytest.raises(InputError, match=f"^schedule = {kind}: it would take the number of steps for"):
             trainer.fit(model, Digits(batch_size=283))
 
 

@@ -25,6 +25,7 @@ from extraction.answers import pack, unpack
 from extraction.http.keys import Budgets, Key, Keys
 from extraction.ledger import Ledger
 from tests.experiments.running import QUIET, Outcome, complaint, read_json, runs
+from tests.extraction.test_foreign import logits_of
 from tests.helpers import mlp
 
 Command = Callable[..., Outcome]
@@ -80,6 +81,43 @@ def test_keys_are_shown_once_and_an_attack_runs_with_them(
     assert Ledger(ledger).account("attacker").queries == 50
     assert [key.role for key in Keys(f"{ledger}.keys").all()] == ["admin", "attacker", "evaluation"]
     assert dict(Budgets(Keys(f"{ledger}.keys"))) == {"attacker": 60}
+
+
+FOREIGN = """
+data:
+  init_args:
+    oracle:
+      class_path: ForeignOracle
+      init_args:
+        victim:
+          class_path: ForeignFunction
+          init_args:
+            function: tests.extraction.test_foreign.logits_of
+            name: line 1
+            num_classes: 10
+            image_shape: [1, 8, 8]
+            returns: logits
+"""
+
+
+def test_a_function_of_someone_elses_is_attacked_and_served_as_a_config_names_it(
+    tmp_path: Path, lightning: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path / "cache"))
+    config, ledger = tmp_path / "foreign.yaml", tmp_path / "ledger"
+    config.write_text(FOREIGN)
+    options = ("--data.budget=50", "--trainer.max_epochs=1", "--trainer.logger=false", *QUIET)
+    outcome = lightning("fit", "--config=knockoff_digits", f"--config={config}", *options)
+    assert outcome.code == 0, outcome
+    metrics = read_json(runs()[-1] / "metrics.json")
+    assert metrics["facts"]["queries"] == 50
+    with serving(f"--config={config}", f"--ledger={ledger}") as (url, printed):
+        found = re.search(r"PHARMAKON_ORACLE_KEY=(\S+)", printed)
+        assert found
+        headers = {"Authorization": f"Bearer {found[1]}", "X-Request-Id": "1"}
+        answered = httpx.post(f"{url}/v1/answers", content=pack(images=IMAGES), headers=headers, trust_env=False)
+    torch.testing.assert_close(unpack(answered.content)["values"], logits_of(IMAGES).softmax(1), atol=1e-6, rtol=1e-5)
+    assert Ledger(ledger).account("attacker").queries == 3
 
 
 def test_a_new_key_is_made_and_shown(victim: str, tmp_path: Path, lightning: Command) -> None:
@@ -153,6 +191,14 @@ def test_complaints(victim: str, tmp_path: Path, lightning: Command, monkeypatch
         config = tmp_path / "oracle.yaml"
         config.write_text(text)
         complaint(lightning(*served, f"--config={config}"), *words)
+    config.write_text(FOREIGN)
+    complaint(lightning(*served, f"--config={config}"), "weights", "victim of its own")
+    calling = "{class_path: os.system, init_args: {command: touch ran}}"
+    config.write_text(FOREIGN.replace("tests.extraction.test_foreign.logits_of", calling))
+    complaint(lightning("serve", f"--config={config}"), "'os.system'", "is no class")
+    assert not Path("ran").exists()
+    config.write_text(FOREIGN.replace("logits_of", "no_such"))
+    complaint(lightning("serve", f"--config={config}"), "no_such")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
