@@ -206,7 +206,7 @@ VALUES = {
     "--model.optimizer.fused=true --model.optimizer.foreach=true": ("optimizer = AdamW(foreach=True, fused=True)",),
     "--model.schedule.peak=2": ("peak = 2.0", "[0, 1)"),
     "--model.schedule=Steps --model.schedule.milestones=[30,60]": ("milestones = [30.0, 60.0]", "(0, 1)"),
-    "--model.schedule=LinearLR": ("schedule = LinearLR", "multiplicative factor", "other values"),
+    "--model.schedule=LinearLR": ("schedule = LinearLR", "the number of steps for start_factor", "OneCycle"),
     "--model.channels_last=perhaps": ("model.channels_last = 'perhaps'", "true or false"),
     "--seed_everything=abc": ("seed_everything = 'abc'", "a whole number"),
     "--seed_everything=false": ("seed_everything = False", "give a number"),
