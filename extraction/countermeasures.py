@@ -111,11 +111,12 @@ class Sybil:
 
     Args:
         clients: k of them, one or more.
+        budget: What all of them together mean to spend; None: what they have.
     """
 
-    def __init__(self, clients: Sequence[Client]) -> None:
+    def __init__(self, clients: Sequence[Client], budget: int | None = None) -> None:
         _positive("clients", len(clients))
-        self.clients = list(clients)
+        self.clients, self.budget = list(clients), budget
 
     def query(self, images: Tensor, request: str | None = None) -> Answers:
         """Ask; see `Client`. If one client is refused, all of it is; what the others were answered is paid for."""
@@ -133,6 +134,8 @@ class Sybil:
     @property
     def left(self) -> int | None:
         """Images that may still be asked about, dealt out evenly; None: any number."""
+        if self.budget is not None:
+            return max(0, self.budget - self.account.queries)
         left = [client.left for client in self.clients]
         known = [each for each in left if each is not None]
         return min(known) * len(left) if known else None
@@ -286,7 +289,8 @@ class SybilOracle(_Around):
 
     Args:
         oracle: Which.
-        clients: How many names; each has its share of the budget, rounded up.
+        clients: How many names. The budget is that of all together and kept by the strategy: an account of one name
+            has no share of its own, for a name that comes first in many requests is asked more than its share.
 
     Raises:
         InputError: If `clients` is below 1.
@@ -303,8 +307,7 @@ class SybilOracle(_Around):
 
     def client(self, name: str, budget: int | None = None) -> Sybil:
         """Several who ask."""
-        each = None if budget is None else -(-budget // self.clients)
-        return Sybil([self.oracle.client(f"{name}-{number}", each) for number in range(self.clients)])
+        return Sybil([self.oracle.client(f"{name}-{number}", budget) for number in range(self.clients)], budget)
 
 
 class PaddedOracle(_Around):

@@ -94,7 +94,8 @@ def defended(
         settings: By name. What is served: ``defence`` and ``detector`` (class paths with arguments), ``response``,
             ``mode``, ``k``. An attacker who knows of it: ``against`` names the setting that is served, and he uses
             ``arg_max`` alone, keeps ``decimals`` of each score, asks ``repeats`` times, pads with benign queries up to
-            the share ``padding``, or asks under so many ``names``.
+            the share ``padding``, or asks under so many ``names``; where that leaves him fewer images, he trains on
+            them for as many more epochs. ``epochs``: how long anyone trains, if not as the config says.
         setting: Which of them.
         dawn_share: Of the images that DAWN marks.
         below: The share of holdout images below the out-of-distribution detector's confidence.
@@ -115,28 +116,30 @@ def defended(
     served = attacker.pop("against", setting)
     if served not in settings:
         raise bad(f"settings.{setting}.against", served, f"choose one of {', '.join(settings)}")
-    chosen = dict(settings[served] or {}) if served != setting else attacker
+    chosen = dict(settings[served] or {})
+    epochs = attacker.pop("epochs", None)
+    tactics = attacker if served != setting else {}
     key = folder / "dawn.key"
     key.write_bytes(hashlib.sha256(f"{seed} key of an experiment".encode()).digest())
-    asked = {"data.oracle.weights": weights, "data.seed": seed, "data.oracle.mode": "scores"}
+    asked: dict[str, Any] = {"data.oracle.weights": weights, "data.seed": seed, "data.oracle.mode": "scores"}
+    if epochs is not None:
+        asked["trainer.max_epochs"] = epochs
     asked |= {f"data.oracle.{name}": chosen[name] for name in ("mode", "k", "response") if name in chosen}
-    given: dict[str, dict[str, Any]] = {
-        "AdaptiveMisinformation": {"weights": second},
-        "DAWN": {"key_file": str(key), "share": dawn_share},
-    }
+    given: dict[str, dict[str, Any]] = {"AdaptiveMisinformation": {"weights": second}}
+    given["DAWN"] = {"key_file": str(key), "share": dawn_share}
     for name in ("defence", "detector"):
         if name in chosen:
-            path, own = str(chosen[name]["class_path"]), dict(chosen[name].get("init_args", {}))
-            more: dict[str, Any] = given.get(path, {})
-            if path == "OutOfDistributionShare":
-                more = {"confidence": _confidence(configs, overrides, seed, weights, below)}
-            asked[f"data.oracle.{name}"] = {"class_path": path, "init_args": {**more, **own}}
+            path, own = str(chosen[name]["class_path"]), chosen[name].get("init_args", {})
+            kind = path.rpartition(".")[2]
+            if kind == "OutOfDistributionShare":
+                given[kind] = {"confidence": _confidence(configs, overrides, seed, weights, below)}
+            asked[f"data.oracle.{name}"] = {"class_path": path, "init_args": {**given.get(kind, {}), **own}}
     line = start_config(configs, {**(overrides or {}), **asked}, seed)
     data = _attack(line)
     oracle = data.oracle
     assert isinstance(oracle, LocalOracle)
-    if served != setting:
-        data.oracle = aware(oracle, data.base, seed, **attacker)
+    data.oracle = aware(oracle, data.base, seed, **tactics)
+    line.trainer.fit_loop.max_epochs = round((line.trainer.max_epochs or 1) * data.oracle.per_image)
     surrogate = fit(line, data)
     data.setup("test")
     victim, test, train = load_classifier(weights), data.test_set, data.train_set
@@ -150,7 +153,7 @@ def defended(
     return [
         {
             "defence": served,
-            "attacker": "naive" if served == setting else "defence-aware",
+            "attacker": "defence-aware" if tactics else "naive",
             "surrogate_accuracy": _share(guessed == test.labels),
             "surrogate_fidelity": _share(guessed == truth.argmax(1)),
             "images": len(train),

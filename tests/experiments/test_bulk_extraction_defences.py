@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from classifiers.backbones import MLP
 from classifiers.classifier import ImageClassifier
-from experiments.bulk.extraction_defences import detection, jacobian_stream
+from experiments.bulk.extraction_defences import defended, detection, jacobian_stream
 from tests.helpers import refused
 
 
@@ -48,3 +49,46 @@ def test_every_stream_has_a_row_and_says_whether_it_was_judged(tmp_path: Path, w
     assert rows["noise"]["judged"] == 1
     with refused("detector = 'parda'", "prada"):
         detection(tmp_path, 0, detector="parda", **settings)
+
+
+def test_an_attacker_who_knows_pays_and_the_honest_cost_is_that_of_what_is_served(tmp_path: Path, weights: str) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "noise": {"defence": {"class_path": "GaussianNoise", "init_args": {"sigma": 0.3}}},
+        "noise, arg max": {"against": "noise", "arg_max": True},
+        "noise, 4 asked": {"against": "noise", "repeats": 4},
+        "detector": {
+            "detector": {"class_path": "OutOfDistributionShare", "init_args": {"benign_share": 0.9}},
+            "response": "degrade",
+        },
+        "detector, padded": {"against": "detector", "padding": 0.5},
+        "detector, 3 names": {"against": "detector", "names": 3},
+        "DAWN": {"defence": {"class_path": "DAWN"}},
+        "DAWN, 2 epochs": {"against": "DAWN", "epochs": 2},
+        "lost": {"against": "nois"},
+    }
+
+    def run(setting: str) -> dict[str, Any]:
+        (row,) = defended(
+            tmp_path, 0, configs=["knockoff_digits"], weights=weights, second=weights, settings=settings,
+            setting=setting, dawn_share=0.5, overrides={"data.budget": 40, "trainer.max_epochs": 1},
+        )  # fmt: skip
+        return row
+
+    rows = {name: run(name) for name in settings if name != "lost"}
+    shown = {name: (row["defence"], row["attacker"], row["images"], row["queries"]) for name, row in rows.items()}
+    assert shown == {
+        "noise": ("noise", "naive", 40, 40),
+        "noise, arg max": ("noise", "defence-aware", 40, 40),
+        "noise, 4 asked": ("noise", "defence-aware", 10, 40),
+        "detector": ("detector", "naive", 40, 40),
+        "detector, padded": ("detector", "defence-aware", 20, 40),
+        "detector, 3 names": ("detector", "defence-aware", 40, 40),
+        "DAWN": ("DAWN", "naive", 40, 40),
+        "DAWN, 2 epochs": ("DAWN", "naive", 40, 40),
+    }
+    assert rows["noise"]["honest_l1"] == rows["noise, arg max"]["honest_l1"] > 0.3
+    assert rows["detector"]["honest_l1"] < 1e-6, "an honest user is not flagged"
+    assert 5 < rows["noise"]["dawn_marked"] < 35, "the control is of as many images as DAWN marks"
+    assert rows["DAWN"]["honest_labels_changed"]["value"] == pytest.approx(0.5, abs=0.1)
+    with refused("settings.lost.against = 'nois'"):
+        run("lost")

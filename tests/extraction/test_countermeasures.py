@@ -112,6 +112,16 @@ def test_sybils_share_the_queries_and_answers_come_back_in_order(n: int, tmp_pat
     assert sybil.account.queries == n, "a request sent again is free"
 
 
+def test_the_first_of_many_names_is_not_refused_where_requests_are_odd(tmp_path: Path) -> None:
+    ledgers = [Ledger(tmp_path / f"{number}", 10) for number in range(4)]
+    names = [LocalClient(service(ledger), "name") for ledger in ledgers]
+    sybil = Sybil(names, budget=10)
+    for number in range(2):
+        sybil.query(pictures(5, number), f"chunk {number}")
+    assert [name.account.queries for name in names] == [4, 2, 2, 2], "a quarter of the budget, rounded up, is 3"
+    assert sybil.left == 0
+
+
 def test_padding_by_hand() -> None:
     images, benign = pictures(30), pictures(100, 1)
     mixed, places = padded(images, benign, 0.75, 0, "x")
