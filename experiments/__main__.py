@@ -29,6 +29,12 @@ commands
                                  lightning report DIR
   serve      a victim behind HTTP, for RemoteOracle: answers counted per key
                                  lightning serve --weights runs/victim_digits [--port 8000] [--new-key NAME --budget N]
+  keygen     a secret marking key, and the public one that commits to it
+                                 lightning keygen --out keys/mine --classes 10 --shape 1,28,28
+  verify     is a model marked with a key? 0 owned, 1 not, 2 could not decide
+                                 lightning verify --key keys/mine --model WEIGHTS|RUN|URL [--transcript FILE]
+  check-transcript
+             check what a verification wrote, without torch and without the model
   list       every attack, defence, datamodule, backbone, trigger and config
 
 options
@@ -39,7 +45,10 @@ options
   --help     print this; after a command: all of its options (takes ten seconds)
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "accept", "export", "study", "report", "serve", "list")
+COMMANDS = (
+    "fit", "validate", "test", "predict", "accept", "export", "study", "report", "serve", "keygen", "verify",
+    "check-transcript", "list",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lightning {args[0]}: there is no such command{did_you_mean(args[0], COMMANDS)}", file=sys.stderr)
         return 2
-    if args[0] in ("accept", "export", "study", "report", "serve") and {"-h", "--help"} & set(args):
+    if args[0] not in ("fit", "validate", "test", "predict") and {"-h", "--help"} & set(args):
         print(USAGE, end="")
         return 0
     from experiments.commands import execute

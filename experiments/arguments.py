@@ -6,11 +6,11 @@ Nothing heavy is imported here, so that a config that is not there is told at on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.errors import InputError, bad
+from datamodules.errors import InputError, bad, did_you_mean
 from experiments.registry import configs_folder, find_config, shipped
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -74,6 +74,46 @@ def value_of(rest: Iterator[str], key: str) -> str:
     if value is None:
         raise InputError(f"{key}: a value is missing")
     return value
+
+
+def options(args: list[str], names: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str]:
+    """Options of a command of ours.
+
+    Args:
+        args: As typed, after the command.
+        names: Those with a value, such as ``--out``.
+        flags: Those without.
+
+    Returns:
+        By name, without the dashes; of a flag, an empty text.
+
+    Raises:
+        InputError: If there is no such option, or a value is missing.
+    """
+    found: dict[str, str] = {}
+    rest = iter(args)
+    for arg in rest:
+        key, equals, value = arg.partition("=")
+        if key in flags and not equals:
+            found[key[2:]] = ""
+        elif key in names:
+            found[key[2:]] = value if equals else value_of(rest, key)
+        else:
+            raise InputError(f"{key}: there is no such option{did_you_mean(key, [*names, *flags])}")
+    return found
+
+
+def whole(given: dict[str, str], name: str) -> int | None:
+    """A whole number among `options`; None where it is not given.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if name not in given:
+        return None
+    if not given[name].isdecimal():
+        raise bad(name, given[name], "a whole number, 0 or more, is expected")
+    return int(given[name])
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -5,9 +5,22 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 from datamodules.errors import InputError
 from experiments.arguments import COMMANDS, prepare
+
+ACTIONS = {
+    "accept": "experiments.accept:accept",
+    "export": "experiments.export:export",
+    "serve": "experiments.serve:serve",
+    "study": "experiments.studies.command:study",
+    "report": "experiments.report:report",
+    "keygen": "experiments.ownership:keygen",
+    "verify": "experiments.ownership:verify",
+    "check-transcript": "experiments.ownership:check_transcript",
+}
+"""Commands that are not Lightning's own."""
 
 
 def execute(args: list[str]) -> int:
@@ -38,27 +51,9 @@ def execute(args: list[str]) -> int:
 
 
 def _action(command: str) -> Callable[[list[str]], int]:
-    if command == "accept":
-        from experiments.accept import accept
-
-        return accept
-    if command == "export":
-        from experiments.export import export
-
-        return export
-    if command == "serve":
-        from experiments.serve import serve
-
-        return serve
-    if command == "study":
-        from experiments.studies.command import study
-
-        return study
-    if command == "report":
-        from experiments.report import report
-
-        return report
-    return _run
+    """What carries a command out; imported now, and not before."""
+    action: Callable[[list[str]], int] = resolve_name(ACTIONS.get(command, "experiments.commands:_run"))
+    return action
 
 
 def _run(args: list[str]) -> int:

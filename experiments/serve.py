@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from datamodules.errors import InputError, bad
-from experiments.arguments import value_of
+from experiments.arguments import options, whole
 from experiments.registry import find_config
 
 OPTIONS = (
@@ -39,8 +39,10 @@ def serve(args: list[str]) -> int:
     Raises:
         InputError: Whatever a person got wrong.
     """
-    given = _options(args[1:])
-    number, budget, rate = (_whole(given, name) for name in ("port", "budget", "rate"))
+    given = options(args[1:], OPTIONS)
+    number, budget, rate = (whole(given, name) for name in ("port", "budget", "rate"))
+    if number is not None and number > 65535:
+        raise bad("port", number, "a port is 65535 or less; 0 is any that is free")
     port, host = 8000 if number is None else number, given.get("host", "127.0.0.1")
     try:
         import fastapi  # noqa: F401
@@ -89,27 +91,6 @@ def serve(args: list[str]) -> int:
         print(f"serving {oracle.named[1]} at {address} – {address}/docs, {address}/status", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
-
-
-def _options(args: list[str]) -> dict[str, str]:
-    from datamodules.errors import did_you_mean
-
-    found: dict[str, str] = {}
-    rest = iter(args)
-    for arg in rest:
-        key, equals, value = arg.partition("=")
-        if key not in OPTIONS:
-            raise InputError(f"{key}: there is no such option{did_you_mean(key, OPTIONS)}")
-        found[key[2:]] = value if equals else value_of(rest, key)
-    return found
-
-
-def _whole(given: dict[str, str], name: str) -> int | None:
-    if name not in given:
-        return None
-    if not given[name].isdecimal() or (name == "port" and int(given[name]) > 65535):
-        raise bad(name, given[name], "a whole number, 0 or more, is expected")
-    return int(given[name])
 
 
 def _oracle(given: dict[str, str]) -> Any:

@@ -321,6 +321,10 @@ class MarkingKey:
             for index, r, image in drawn
         ]
 
+    def sign(self, purpose: str, message: bytes) -> bytes:
+        """The owner's signature of a message, for one purpose: 64 bytes."""
+        return signatures.sign(self._signing, purpose, message)
+
     def reveal(self) -> bytes:
         """The seed, for a judge who derives all again. From then on every trigger is known."""
         return self._seed

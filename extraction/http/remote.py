@@ -81,6 +81,13 @@ class RemoteOracle(Oracle):
         self.key_variable, self.evaluation_key_variable = key_variable, evaluation_key_variable
         self._described: dict[str, Any] | None = None
 
+    @classmethod
+    def as_served(cls, url: str) -> tuple[RemoteOracle, int, tuple[int, int, int]]:
+        """A server's oracle in whichever mode it answers, its number of classes, and the shape of its images."""
+        about = cls(url)._line("PHARMAKON_ORACLE_KEY").get("/v1/oracle", _ABOUT)
+        channels, height, width = about["shape"]
+        return cls(url, mode=about["mode"], k=about["k"]), int(about["num_classes"]), (channels, height, width)
+
     def identity(self) -> str:
         """Of the server's victim, defence and detector, as it tells, and the mode."""
         return fingerprint("remote", self.version, str(self._about["identity"]), self.mode, self.k)
