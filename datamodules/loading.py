@@ -82,8 +82,9 @@ class TrainBatches(Batches):
 class GroupedBatches(Batches):
     """Batches with so many rows of each group, such as labelled and unlabelled ones; a group's rows come together.
 
-    An epoch is one pass through the group that lasts longest; its last incomplete batch comes with the next epoch. A
-    group that is used up sooner begins another pass, in another order: within one pass, no row comes twice.
+    An epoch is one pass through the group that lasts longest, or through the one that is named; its last incomplete
+    batch comes with the next epoch. A group that is used up sooner begins another pass, in another order: within one
+    pass, no row comes twice.
 
     Args:
         groups: The rows of each group: int64 (n,).
@@ -91,13 +92,20 @@ class GroupedBatches(Batches):
         seed: Of the shuffling.
         rank: This process.
         world_size: How many there are.
+        through: The number of the group that an epoch is one pass through; None: the one that lasts longest.
 
     Raises:
         InputError: If a group is empty, or its count cannot be shared out evenly.
     """
 
     def __init__(
-        self, groups: Sequence[Tensor], counts: Sequence[int], seed: int, rank: int = 0, world_size: int = 1
+        self,
+        groups: Sequence[Tensor],
+        counts: Sequence[int],
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        through: int | None = None,
     ) -> None:
         if len(groups) != len(counts) or not groups:
             raise bad("counts", list(counts), f"give one for each of {len(groups)} groups, one group at least")
@@ -107,10 +115,11 @@ class GroupedBatches(Batches):
             if not len(group):
                 raise InputError(f"groups: group {number} has no rows, and each batch needs {count} of them")
         self.groups, self.counts, self.seed = list(groups), list(counts), seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.through = rank, world_size, through
 
     def __len__(self) -> int:
-        return max(1, *(len(group) // count for group, count in zip(self.groups, self.counts, strict=True)))
+        passes = [len(group) // count for group, count in zip(self.groups, self.counts, strict=True)]
+        return max(1, *passes) if self.through is None else max(1, passes[self.through])
 
     def __iter__(self) -> Iterator[Tensor]:
         first = self.epoch * len(self)

@@ -55,6 +55,8 @@ from poisoning.label_flip import LabelFlip
 from poisoning.triggered import Triggered
 from poisoning.unlearnable import Unlearnable
 from tests.helpers import global_randomness_untouched, mlp, tiny_trainer
+from watermark.keys import keygen
+from watermark.trigger_set import TriggerSet
 
 
 def extractor() -> str:
@@ -64,6 +66,14 @@ def extractor() -> str:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             mlp(Digits(), backbone=partial(MLP, hidden=[8])).save(path)
+    return str(path)
+
+
+def key() -> str:
+    """A marking key for digits, in the folder of this process's cache."""
+    path = Path(os.environ["PHARMAKON_CACHE"], "key")
+    if not path.exists():
+        keygen(path, classes=10, shape=(1, 8, 8), n=12, seed=bytes(32))
     return str(path)
 
 
@@ -114,6 +124,7 @@ REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
         base, LocalOracle(extractor(), "label"), budget=120, labelled_batch=16, unlabelled_batch=48, seed=seed
     ),
     Share: lambda base, seed: Share(base, 0.4, seed),
+    TriggerSet: lambda base, seed: TriggerSet(base, key(), name="outer"),
     Triggered: lambda base, seed: Triggered(base, PixelPattern(), name="outer"),
     Unlearnable: lambda base, seed: Unlearnable(
         base, partial(MLP, hidden=[8]), "class_wise", 16, 0.5, seed, noise_steps=1, step_size=6.0, stop_error=0.99
@@ -338,7 +349,9 @@ def test_evaluations_have_a_target_for_each_image_and_names_of_their_own(
     for evaluation in found:
         assert len(evaluation.images)
         assert evaluation.measures
-        assert not torch.isin(evaluation.images.ids, data.train_set.ids).any()  # nothing is measured on training data
+        seen = torch.isin(evaluation.images.ids, data.train_set.ids)
+        known = data.secret and evaluation.name == "trigger_outer"  # whether it learned them is what is asked
+        assert bool(seen.all()) if known else not seen.any()  # nothing else is measured on training data
         for measure in evaluation.measures:
             assert len(measure.target) == len(evaluation.images)
             if measure.target.dtype == torch.int64:
@@ -414,8 +427,9 @@ def test_the_training_seed_changes_the_order_and_no_set(kind: type, folder: str)
 def test_a_rewrite_announces_what_its_base_does(kind: type, folder: str) -> None:
     data = make(kind, folder)
     assert isinstance(data, Rewrite)
-    for name in ("num_classes", "image_shape", "mean", "std", "class_names", "secret", "loading"):
+    for name in ("num_classes", "image_shape", "mean", "std", "class_names", "loading"):
         assert getattr(data, name) == getattr(data.base, name)
+    assert data.secret == (kind is TriggerSet or data.base.secret)
 
 
 @each_rewrite
@@ -494,6 +508,10 @@ def test_the_record_of_changes_tells_the_truth(kind: type, folder: str, base: st
     there = {
         int(i): image for i, image in zip(data.base.train_set.ids, everything(data.base.train_set).images, strict=True)
     }
+    if data.secret:  # what it adds, it tells nobody
+        assert not own
+        touched = set(shown) - set(there)
+        assert touched
     for sample in set(shown) - touched:
         assert torch.equal(shown[sample], there[sample])
         assert torch.equal(after[sample], before[sample])

@@ -30,6 +30,8 @@ ELSEWHERE = {
     "knockoff_noise_mnist": ("--data.budget=64",),
 }  # fmt: skip
 """Options in the stead of data and weights that are not to be had here, and of budgets larger than the tiny sets."""
+SHAPES = {"digits": "1,8,8", "mnist": "1,28,28", "cifar": "3,32,32"}
+"""Of the images of a config with this in its name."""
 Command = Callable[..., Outcome]
 
 
@@ -48,6 +50,13 @@ def made_before(name: str) -> list[str]:
     return re.findall(r"weights: runs/(\w+)", (FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
+def make_keys(name: str, lightning: Command) -> None:
+    """The keys that an experiment marks with."""
+    for key in re.findall(r"key: (keys/\w+)", (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")):
+        shape = next(shape for data, shape in SHAPES.items() if data in name)
+        assert lightning("keygen", "--out", key, "--classes=10", "--shape", shape, "--n=8").code == 0
+
+
 def test_there_are_some() -> None:
     assert {"badnets_digits", "badnets_mnist", "badnets_cifar", "badnets_gtsrb", "user_digits"} <= set(EXPERIMENTS)
     assert {"data/mnist", "model/small_cnn", "trainer/cpu", "trainer/gpu", "debug/smoke"} <= set(PARTS)
@@ -62,7 +71,9 @@ def test_says_in_its_first_line_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_fits_and_tests(name: str, lightning: Command) -> None:
+    make_keys(name, lightning)
     for needed in made_before(name):
+        make_keys(needed, lightning)
         assert lightning("fit", "--config", needed, *LIGHT).code == 0
     outcome = lightning("fit", "--config", name, *shortened(name), *ELSEWHERE.get(name, ()), *LIGHT)
     assert outcome.code == 0, outcome.err
@@ -88,7 +99,9 @@ def test_data_goes_under_an_attack_and_into_any_model(name: str, lightning: Comm
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name.startswith("model/")])
 def test_model_trains_on_any_data(name: str, lightning: Command) -> None:
-    outcome = lightning("fit", "--config=victim_cifar_cpu", f"--model={name}.yaml", *LIGHT)
+    config = "watermark_cifar_cpu" if "watermarked" in name else "victim_cifar_cpu"
+    make_keys(config, lightning)
+    outcome = lightning("fit", f"--config={config}", f"--model={name}.yaml", *LIGHT)
     assert outcome.code == 0, outcome.err
 
 
