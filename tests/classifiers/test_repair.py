@@ -1,0 +1,151 @@
+"""Model repair: exactly as much is pruned as was asked for, it stays pruned, and grids are what they should be."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+
+from classifiers.backbones import MLP, SmallCNN
+from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.repair import FinePruned, Pruned, Quantised
+from classifiers.repair.pruning import activity, apply, dormant_masks, magnitude_masks
+from classifiers.repair.quantisation import rounded
+from classifiers.repair.smoothing import median
+from datamodules.imageset import ImageSet
+from datamodules.sources.digits import Digits
+from tests.helpers import refused
+
+CNN = partial(SmallCNN, widths=[4, 8])
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    data = Digits()
+    ImageClassifier(CNN, 10, data.image_shape, data.mean, data.std).save(tmp_path / "weights.safetensors")
+    return str(tmp_path / "weights.safetensors")
+
+
+def made(kind: type[ImageClassifier], weights: str, **more: object) -> ImageClassifier:
+    data = Digits()
+    return kind(CNN, 10, data.image_shape, data.mean, data.std, weights=weights, **more)  # type: ignore[arg-type]
+
+
+def fitted(model: ImageClassifier, epochs: int) -> ImageClassifier:
+    trainer = Trainer(
+        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(model, Digits())
+    return model
+
+
+def test_the_smallest_weights_of_all_layers_go() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[0.1, -3.0], [0.5, 0.5]]))
+        net[1].weight.copy_(torch.tensor([[-0.2, 9.0]]))
+        net[0].bias.fill_(0.01)
+    masks = magnitude_masks(net, 0.5)
+    assert masks["0.weight"].tolist() == [[False, True], [False, True]]  # of the two 0.5, the first
+    assert masks["1.weight"].tolist() == [[False, True]]
+    apply(net, masks)
+    assert net[0].weight.tolist() == [[0, -3.0], [0, 0.5]]
+    assert net[0].bias.tolist() == pytest.approx([0.01, 0.01])
+    assert all(bool(mask.all()) for mask in magnitude_masks(net, 0.0).values())
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_pruned_weights_stay_zero_and_the_file_has_them(weights: str, tmp_path: Path, epochs: int) -> None:
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
+    model = fitted(made(Pruned, weights, share=0.7, optimizer=optimizer), epochs)
+    model.save(tmp_path / "pruned.safetensors")
+    net = load_classifier(tmp_path / "pruned.safetensors").net
+    own = [layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    zeros, total = sum(int((weight == 0).sum()) for weight in own), sum(weight.numel() for weight in own)
+    assert zeros == round(0.7 * total)
+    before = dict(load_classifier(weights).net.named_parameters())
+    changed = any(
+        not torch.equal(value[value != 0], before[name][value != 0]) for name, value in net.named_parameters()
+    )
+    assert changed == (epochs > 0)
+
+
+def test_dormant_channels_are_found() -> None:
+    data = Digits()
+    data.setup()
+    torch.manual_seed(0)
+    model = ImageClassifier(CNN, 10, data.image_shape, data.mean, data.std)
+    convolutions = [layer for layer in model.net.modules() if isinstance(layer, nn.Conv2d)]
+    with torch.no_grad():
+        convolutions[-1].weight[[2, 5]] = -convolutions[-1].weight[[2, 5]].abs()  # ReLU before it: never above 0
+    found = activity(model, data.train_set)
+    assert found.shape == (8,)
+    assert found[[2, 5]].tolist() == [0, 0]
+    assert (found > 0).sum() == 6
+    whole = activity(model, data.train_set.select(torch.arange(len(data.train_set)).flip(0)))
+    torch.testing.assert_close(found, whole)
+    masks = dormant_masks(model.net, found, 0.25)
+    name = next(name for name, mask in masks.items() if mask.ndim == 4)
+    assert (~masks[name].flatten(1).any(1)).nonzero().flatten().tolist() == [2, 5]
+    assert sum(mask.ndim == 1 for mask in masks.values()) == 2, "BatchNorm's weight and bias"
+    apply(model.net, masks)
+    assert model.eval().net.body(torch.randn(3, 1, 8, 8))[:, [2, 5]].abs().max() == 0
+
+
+def test_fine_pruning_runs(weights: str) -> None:
+    model = fitted(made(FinePruned, weights, share=0.5), 1)
+    last = [layer for layer in model.net.modules() if isinstance(layer, nn.Conv2d)][-1]
+    assert int((last.weight.flatten(1).abs().sum(1) == 0).sum()) == 4
+
+
+def test_eight_bits() -> None:
+    weight = torch.tensor([[1.27, -0.634, 0.004], [0.0, 0.0, 0.0], [-12.7, 0.06, 0.04]])
+    found = rounded(weight)
+    assert found.tolist() == [pytest.approx([1.27, -0.63, 0.0]), [0, 0, 0], pytest.approx([-12.7, 0.1, 0.0])]
+    torch.manual_seed(0)
+    large = torch.randn(5, 4, 3, 3)
+    steps = large.abs().flatten(1).amax(1) / 127
+    assert ((rounded(large) - large).abs().flatten(1).amax(1) <= steps / 2 + 1e-7).all()
+    assert max(len(channel.unique()) for channel in rounded(large, 2)) <= 3
+    torch.testing.assert_close(rounded(rounded(large)), rounded(large))
+
+
+def test_a_quantised_file_is_on_the_grid(weights: str, tmp_path: Path) -> None:
+    fitted(made(Quantised, weights), 0).save(tmp_path / "int8.safetensors")
+    net, before = load_classifier(tmp_path / "int8.safetensors").net, load_classifier(weights).net
+    for layer, old in zip(net.modules(), before.modules(), strict=True):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert isinstance(old, nn.Conv2d | nn.Linear)
+            assert not torch.equal(layer.weight, old.weight)
+            torch.testing.assert_close(layer.weight, rounded(old.weight))
+
+
+def test_a_median_takes_one_pixel_away() -> None:
+    image = torch.full((1, 1, 5, 5), 10, dtype=torch.uint8)
+    image[0, 0, 2, 2] = 255
+    assert median(image).unique().tolist() == [10]
+    image[0, 0, :, 3:] = 200
+    assert median(image)[0, 0, 0].tolist() == [10, 10, 10, 200, 200]
+    for size in (1, 4, 7):
+        with refused(f"size = {size}"):
+            median(image, size)
+
+
+def test_bad_values(weights: str) -> None:
+    data = Digits()
+    with refused("share = 1"):
+        made(Pruned, weights, share=1)
+    with refused("bits = 1"):
+        made(Quantised, weights, bits=1)
+    for kind in (Pruned, Quantised):
+        with refused("weights = None"):
+            kind(CNN, 10, data.image_shape, data.mean, data.std)
+    images = ImageSet(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    with refused("backbone", "no convolution"):
+        activity(ImageClassifier(partial(MLP, hidden=[4]), 10, data.image_shape, data.mean, data.std), images)
