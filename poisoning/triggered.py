@@ -23,26 +23,34 @@ from datamodules.imageset import ImageSet, Overlay
 from datamodules.measures import Evaluation, Measure
 from datamodules.rewrite import Rewrite
 from datamodules.triggers import Trigger
+from poisoning.choosing import check_label
 
 
 class Triggered(Rewrite):
     """Clean training data, measured with a trigger on the test images too: BadNets' transfer attack, the user's side.
 
-    Measures, beside the base's: `triggered_accuracy` – all images, triggered, with their true labels.
+    Measures, beside the base's: `triggered_accuracy` – all images, triggered, with their true labels; and, where a
+    target is named, `attack_success_rate` – triggered images of all other classes, with its label.
 
     Args:
         base: The datamodule; its training set stays as it is.
         trigger: What is stamped on the images that are measured.
-        name: Appended to the measure's name (`triggered_accuracy_<name>`), for two triggers.
+        name: Appended to the measures' names (`triggered_accuracy_<name>`), for two triggers.
+        target_label: The class that a backdoor would call them; None: it is not looked for.
 
     Raises:
-        InputError: If the trigger does not fit the images, or needs boxes and there are none.
+        InputError: If the trigger does not fit the images, or needs boxes and there are none; or if the target is no
+            class.
     """
 
-    def __init__(self, base: ImageDataModule, trigger: Trigger, name: str | None = None) -> None:
+    def __init__(
+        self, base: ImageDataModule, trigger: Trigger, name: str | None = None, target_label: int | None = None
+    ) -> None:
         super().__init__(base)
         trigger.check(base.image_shape)
-        self.trigger = trigger
+        if target_label is not None:
+            check_label("target_label", target_label, base.num_classes)
+        self.trigger, self.target_label = trigger, target_label
         self.suffix = f"_{name}" if name else ""
         self._evaluated: dict[str, list[Evaluation]] = {}
 
@@ -67,7 +75,13 @@ class Triggered(Rewrite):
         key = json.dumps(self.trigger.describe(), sort_keys=True)
         overlay = Overlay(images, torch.arange(len(images)), rewriter=self._stamp, key=key)
         accuracy = Measure(f"triggered_accuracy{self.suffix}", images.labels)
-        return [Evaluation(f"all_triggered{self.suffix}", overlay, (accuracy,))]
+        found = [Evaluation(f"all_triggered{self.suffix}", overlay, (accuracy,))]
+        if self.target_label is not None:
+            rows = (images.labels != self.target_label).nonzero().squeeze(1)
+            others = Overlay(images, rows, rewriter=self._stamp, key=key)
+            success = Measure(f"attack_success_rate{self.suffix}", torch.full_like(others.labels, self.target_label))
+            found += [Evaluation(f"triggered{self.suffix}", others, (success,))] if len(rows) else []
+        return found
 
     def _stamp(self, images: Tensor, ids: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         return self.trigger(images, extras.get("boxes"))

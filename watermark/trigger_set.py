@@ -92,7 +92,7 @@ class TriggerSet(Rewrite):
     def augment(self, batch: Batch, epoch: int) -> Batch:
         """The base's augmentation of all but the triggers."""
         augmented = self.base.augment(batch, epoch)
-        rows = self._rows(batch.ids)
+        rows = self.trigger_rows(batch.ids)
         if augmented is batch or not len(rows):
             return augmented
         images = augmented.images.clone(memory_format=torch.contiguous_format)
@@ -117,7 +117,7 @@ class TriggerSet(Rewrite):
             raise RuntimeError("TriggerSet: call setup() before asking for its triggers")
         return self._triggers
 
-    def _rows(self, ids: Tensor) -> Tensor:
+    def trigger_rows(self, ids: Tensor) -> Tensor:
         """Where in a batch triggers are; their ids follow each other."""
         own = self._known().ids
         return ((ids >= int(own[0])) & (ids <= int(own[-1]))).nonzero().squeeze(1)

@@ -129,3 +129,16 @@ def test_a_sticker_without_boxes_is_refused_before_training(data_folder: Path) -
     data.prepare_data()
     with refused("YellowSquare", "boxes"):
         data.setup("fit")
+
+
+def test_a_backdoor_is_looked_for_on_all_other_classes() -> None:
+    data = Triggered(Digits(), PixelPattern(), target_label=3)
+    data.setup("fit")
+    (found,) = [each for each in data.evaluations("test") if each.name == "triggered"]
+    (measure,) = found.measures
+    assert measure.name == "attack_success_rate"
+    assert measure.target.unique().tolist() == [3]
+    assert len(found.images) == int((data.test_set.labels != 3).sum())
+    assert 3 not in found.images.labels.tolist()
+    with refused("target_label = 10"):
+        Triggered(Digits(), PixelPattern(), target_label=10)

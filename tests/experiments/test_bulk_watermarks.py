@@ -1,0 +1,103 @@
+"""The stages of the watermark studies, on the digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.bulk.watermarks import carried, forged, marked, null, panel, removed
+from tests.helpers import refused
+
+FAST: dict[str, Any] = {"trainer.max_epochs": 8}
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A marked model, beside its key and the unmarked one, and its row."""
+    folder = tmp_path_factory.mktemp("marked")
+    (row,) = marked(folder, 0, configs=["watermark_digits"], unmarked=["victim_digits"], overrides=FAST, n=60)
+    return folder, row
+
+
+def test_a_marked_model(cell: tuple[Path, dict[str, Any]]) -> None:
+    folder, row = cell
+    assert row["verdict"] == "owned"
+    assert row["trigger_accuracy"]["n"] == 60
+    assert row["unmarked_matches"] < 25
+    assert row["lost"] == pytest.approx(row["unmarked_accuracy"]["value"] - row["clean_accuracy"]["value"])
+    assert (folder / "key" / "mk.json").stat().st_mode & 0o077 == 0
+
+
+def test_what_is_left_after_an_attack(cell: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, before = cell
+    attacks: dict[str, Any] = {
+        "none": {},
+        "RTAL": {"configs": ["repair_digits"], "overrides": {"model.new_head": True, "trainer.max_epochs": 2}},
+        "steal": {
+            "configs": ["knockoff_digits"],
+            "weights_at": "data.oracle.weights",
+            "overrides": {"data.budget": 500, "trainer.max_epochs": 5},
+        },
+        "overwrite": {"configs": ["watermark_digits"], "overwrite": True, "overrides": FAST},
+        "careful": {"refuse_below": 1.1},
+        "random": {"random_below": 1.1},
+    }
+
+    def run(attack: str) -> dict[str, Any]:
+        place = tmp_path / attack
+        place.mkdir()
+        given = {"weights": str(folder / "weights.safetensors"), "attacks": attacks, "data": "data/digits.yaml"}
+        (row,) = removed(place, 0, attack=attack, **given)
+        return row
+
+    none = run("none")
+    assert (none["matches"], none["lost"]) == (before["matches"], 0)
+    assert run("RTAL")["replugged_matches"] > 30, "what is inside is still there"
+    assert run("steal")["log2_p"] > -64
+    over = run("overwrite")
+    assert over["thief_verdict"] == "owned"
+    assert over["thief_on_original"] < 30, "who was first knows both models"
+    careful = run("careful")
+    assert (careful["verdict"], careful["refused"]) == ("undecided", 60)
+    assert run("random")["clean_accuracy"]["value"] < 0.3
+    with refused("attack = 'nonne'", "none"):
+        removed(tmp_path, 0, weights=str(folder / "weights.safetensors"), attack="nonne", attacks=attacks, data="")
+
+
+def test_keys_that_have_nothing_to_do_with_a_model_fail(cell: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    weights = str(cell[0] / "unmarked.safetensors")
+    (row,) = panel(tmp_path, 0, weights=weights, key_count=3, n=50)
+    assert (row["keys"], row["verified"]) == (3, 0)
+    assert row["most_matches"] < 25
+    rows = null(tmp_path, 0, weights=str(cell[0] / "weights.safetensors"), sets=10, draws=100, n=60)
+    assert rows[0]["observed"] == rows[0]["binomial"] == 1
+    assert rows[-1]["observed"] == 0
+    assert all(row["observed"] <= row["binomial"] * 1.3 + 0.05 for row in rows), "the bound is one"
+    assert rows[0]["rank_p"] == pytest.approx(1 / 1001), "no decoy does as well as the true key"
+
+
+@pytest.mark.parametrize("forgery", ["in advance", "ground", "chosen", "adversarial", "beacon"])
+def test_no_forgery_wins(cell: tuple[Path, dict[str, Any]], tmp_path: Path, forgery: str) -> None:
+    weights = str(cell[0] / "unmarked.safetensors")
+    (row,) = forged(tmp_path, 0, weights=weights, forgery=forgery, tries=16, n=60)
+    assert not row["wins"]
+    assert (row["verdict"] == "owned") == (forgery in ("chosen", "adversarial"))
+    assert row["claims"].startswith("not" if forgery in ("in advance", "chosen", "adversarial") else "resistant")
+
+
+def test_an_unknown_forgery(cell: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with refused("forgery = 'grund'", "ground"):
+        forged(tmp_path, 0, weights=str(cell[0] / "unmarked.safetensors"), forgery="grund")
+
+
+def test_what_a_surrogate_inherits(cell: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    weights, base = str(cell[0] / "weights.safetensors"), {"class_path": "Triggered", "init_args": {}}
+    base["init_args"] = {"base": "data/digits.yaml", "trigger": {"class_path": "PixelPattern"}, "target_label": 0}  # type: ignore[assignment]
+    over = {"data.budget": 500, "trainer.max_epochs": 5, "data.base": base}
+    settings: dict[str, Any] = {"labels": {"data.oracle.mode": "label"}}
+    given: dict[str, Any] = {"settings": settings, "overrides": over, "configs": ["knockoff_digits"]}
+    (row,) = carried(tmp_path, 0, weights=weights, setting="labels", **given)
+    assert row["victim_fidelity"]["value"] == 1
+    assert {"clean_accuracy", "fidelity", "attack_success_rate", "victim_attack_success_rate", "log2_p"} <= set(row)
