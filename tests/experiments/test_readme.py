@@ -37,7 +37,8 @@ def test_commands(lightning: Command) -> None:
         elif command[0] in ("fit", "test", "predict", "validate"):
             args += ["--data.poison_fraction=0.1", *QUICK] if "badnets" in str(args) else QUICK
         outcome = lightning(*args)
-        assert outcome.code == (1 if command[0] == "accept" else 0), (command, outcome)
+        refused = command[0] in ("accept", "verify")  # two batches make no good model, and mark none
+        assert outcome.code == int(refused), (command, outcome)
 
 
 def test_from_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
