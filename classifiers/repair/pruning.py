@@ -11,7 +11,7 @@ sweeps it: nothing is chosen by what is measured.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,7 +98,7 @@ def apply(net: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters[name].mul_(mask.to(parameters[name].device))
 
 
-class Masked(ImageClassifier):
+class Masked(ImageClassifier, ABC):
     """A classifier of which some weights are zero, and stay zero while the others are fine-tuned.
 
     Args:
