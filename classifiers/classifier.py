@@ -416,7 +416,8 @@ class ImageClassifier(LightningModule):
 
         Args:
             path: The file.
-            new_head: Whether the last layer keeps the values it has, whatever the file's is like.
+            new_head: Whether the last layer starts anew, whatever the file's is like: not even from the values that it
+                was made with, which are those that the file's was trained from where both runs have one seed.
 
         Raises:
             InputError: If it cannot be read, or a parameter is missing, left over or of another shape.
@@ -424,6 +425,7 @@ class ImageClassifier(LightningModule):
         tensors, architecture = load_weights(path)
         own = self.net.state_dict()
         if new_head:
+            last_layer(self.net).reset_parameters()
             head = {id(tensor) for tensor in last_layer(self.net).parameters()}
             kept = {name: value for name, value in self.net.named_parameters() if id(value) in head}
             tensors = {**tensors, **{name: value.detach() for name, value in kept.items()}}

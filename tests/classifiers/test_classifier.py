@@ -579,6 +579,18 @@ def test_a_new_head_on_frozen_features(tmp_path: Path) -> None:
     assert moved == {"net.head.weight", "net.head.bias"}
 
 
+def test_a_new_head_is_not_the_one_that_the_weights_were_trained_from(tmp_path: Path) -> None:
+    """One seed for both runs must not hand on the values that the old last layer began with."""
+    about = (partial(MLP, hidden=[16]), 4, (1, 8, 8), (0.5,), (0.3,))
+    torch.manual_seed(3)
+    first = ImageClassifier(*about)
+    first.save(tmp_path / "first.safetensors")
+    torch.manual_seed(3)
+    second = ImageClassifier(*about, weights=str(tmp_path / "first.safetensors"), new_head=True)
+    old, new = last_layer(first.net).weight, last_layer(second.net).weight
+    assert float((old - new).norm() / old.norm()) > 1.2  # of independent draws about the square root of 2
+
+
 def test_a_new_head_needs_weights_for_the_rest() -> None:
     with pytest.raises(InputError, match="new_head = True: without weights every layer starts anew"):
         ImageClassifier(partial(ResNet9, width=2), 2, (3, 32, 32), (0.5,) * 3, (0.25,) * 3, new_head=True)
