@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from classifiers.backbones.backbone import last_layer
 from classifiers.classifier import BackboneFactory, ImageClassifier
 from datamodules.errors import bad
 from datamodules.imageset import Batch, ImageSet
@@ -48,46 +49,67 @@ def magnitude_masks(net: nn.Module, share: float) -> Masks:
     return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
 
 
-def dormant_masks(net: nn.Module, activity: Tensor, share: float) -> Masks:
+@torch.no_grad()
+def last_convolution(model: ImageClassifier) -> list[str]:
+    """The convolution that runs last, and the BatchNorm that gets what it gives, if one does: names in `model.net`.
+
+    Raises:
+        InputError: If there is no convolution.
+    """
+    names: list[str] = []
+    given: list[Tensor] = []  # by the convolution that ran last
+
+    def look(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            names[:], given[:] = [name], [output]
+        elif given and inputs[0] is given[0]:
+            names.append(name)
+
+    layers = [each for each in model.net.named_modules() if isinstance(each[1], nn.Conv2d | nn.BatchNorm2d)]
+    hooks = [layer.register_forward_hook(partial(look, name)) for name, layer in layers]
+    _run(model, torch.zeros(1, *model.image_shape), hooks)
+    if not names:
+        raise bad("backbone", type(model.net).__name__, "it has no convolution; prune by magnitude")
+    return names
+
+
+@torch.no_grad()
+def activity(model: ImageClassifier, layer: str, images: ImageSet) -> Tensor:
+    """Mean positive output of each channel of a layer, on clean images: float64 (C,).
+
+    It is to be the BatchNorm behind a convolution, where there is one: before it a channel may lie below zero that
+    comes out above, and the other way round.
+    """
+    sums: list[Tensor] = []
+
+    def add(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        sums.append(output.relu().mean((2, 3), dtype=torch.float64).sum(0))
+
+    for rows in torch.arange(len(images)).split(_BATCH):
+        _run(model, images.images_at(rows), [model.net.get_submodule(layer).register_forward_hook(add)])
+    return torch.stack(sums).sum(0) / len(images)
+
+
+def dormant_masks(net: nn.Module, layers: Sequence[str], activity: Tensor, share: float) -> Masks:
     """Keep the channels of the last convolution that are most active on clean images.
 
     Args:
         net: The network.
+        layers: Names of that convolution and of the BatchNorm behind it, if one is, which would make something of a
+            channel that is zero.
         activity: (C,): mean activation of each channel, as `activity` measures it.
         share: Of the channels, how many are pruned: exactly round(share · C). Of equal ones, the first.
 
     Returns:
-        Masks of that convolution's weight and, if it has one, its bias; and of the BatchNorm behind it, which would
-        make something of a channel that is zero.
+        Masks of all parameters of these layers.
     """
-    name, layer = _last_convolution(net)
-    kept = torch.ones(len(activity), dtype=torch.bool, device=layer.weight.device)
-    kept[activity.argsort(stable=True)[: round(share * len(activity))].to(kept.device)] = False
-    masks = {f"{name}.weight": kept[:, None, None, None].expand_as(layer.weight)}
-    if layer.bias is not None:
-        masks[f"{name}.bias"] = kept
-    modules = list(net.named_modules())
-    after = modules[[each for each, _ in modules].index(name) + 1 :]
-    if after and isinstance(after[0][1], nn.BatchNorm2d) and after[0][1].num_features == len(kept):
-        masks |= {f"{after[0][0]}.weight": kept, f"{after[0][0]}.bias": kept}
-    return masks
-
-
-@torch.no_grad()
-def activity(model: ImageClassifier, images: ImageSet) -> Tensor:
-    """Mean positive output of each channel of the last convolution, on clean images: float64 (C,)."""
-    _, layer = _last_convolution(model.net)
-    sums: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _, __, out: sums.append(out.relu().double().mean((2, 3)).sum(0)))
-    was = model.training
-    model.eval()
-    try:
-        for rows in torch.arange(len(images)).split(_BATCH):
-            model(images.images_at(rows).to(model.device))
-    finally:
-        hook.remove()
-        model.train(was)
-    return torch.stack(sums).sum(0) / len(images)
+    kept = torch.ones(len(activity), dtype=torch.bool)
+    kept[activity.argsort(stable=True)[: round(share * len(activity))].cpu()] = False
+    return {
+        f"{layer}.{name}": kept.view(-1, *[1] * (value.ndim - 1)).expand_as(value).contiguous()
+        for layer in layers
+        for name, value in net.get_submodule(layer).named_parameters()
+    }
 
 
 @torch.no_grad()
@@ -165,12 +187,18 @@ class FinePruned(Masked):
 
     def masks(self) -> Masks:
         """By activity on the training images, which must be clean; the same on each rank."""
-        return dormant_masks(self.net, activity(self, self._datamodule().train_set), self.share)
+        layers = last_convolution(self)
+        found = activity(self, layers[-1], self._datamodule().train_set)
+        return dormant_masks(self.net, layers, found, self.share)
 
 
-def _last_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:
-    head = last_layer(net)
-    found = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
-    if not found:
-        raise bad("backbone", type(net).__name__, f"it has no convolution, and only {head} is left; prune by magnitude")
-    return found[-1]
+def _run(model: ImageClassifier, images: Tensor, hooks: Sequence[RemovableHandle]) -> None:
+    was = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not know of the hooks
+            model(images.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was)

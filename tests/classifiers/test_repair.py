@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 from torch import nn
 
-from classifiers.backbones import MLP, SmallCNN
+from classifiers.backbones import MLP, BadNetsCNN, PreActResNet18, ResNet9, ResNet18, SmallCNN
 from classifiers.classifier import ImageClassifier, load_classifier
 from classifiers.repair import FinePruned, Pruned, Quantised
-from classifiers.repair.pruning import activity, apply, dormant_masks, magnitude_masks
+from classifiers.repair.pruning import activity, apply, dormant_masks, last_convolution, magnitude_masks
 from classifiers.repair.quantisation import rounded
 from classifiers.repair.smoothing import median
 from datamodules.imageset import ImageSet
@@ -76,26 +77,64 @@ def test_pruned_weights_stay_zero_and_the_file_has_them(weights: str, tmp_path: 
     assert changed == (epochs > 0)
 
 
-def test_dormant_channels_are_found() -> None:
-    data = Digits()
-    data.setup()
-    torch.manual_seed(0)
-    model = ImageClassifier(CNN, 10, data.image_shape, data.mean, data.std)
-    convolutions = [layer for layer in model.net.modules() if isinstance(layer, nn.Conv2d)]
-    with torch.no_grad():
-        convolutions[-1].weight[[2, 5]] = -convolutions[-1].weight[[2, 5]].abs()  # ReLU before it: never above 0
-    found = activity(model, data.train_set)
-    assert found.shape == (8,)
-    assert found[[2, 5]].tolist() == [0, 0]
-    assert (found > 0).sum() == 6
-    whole = activity(model, data.train_set.select(torch.arange(len(data.train_set)).flip(0)))
-    torch.testing.assert_close(found, whole)
-    masks = dormant_masks(model.net, found, 0.25)
-    name = next(name for name, mask in masks.items() if mask.ndim == 4)
-    assert (~masks[name].flatten(1).any(1)).nonzero().flatten().tolist() == [2, 5]
-    assert sum(mask.ndim == 1 for mask in masks.values()) == 2, "BatchNorm's weight and bias"
+class Built(nn.Module):
+    """Four channels that are x, −x, 0 and x + 5 before BatchNorm, and x, 0.5 − x, 0.25 and x − 1 behind it."""
+
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 1, 2), classes: int = 2) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4, eps=0)  # registered before the convolution that it follows
+        self.conv = nn.Conv2d(1, 4, 1)
+        self.head = nn.Linear(4, classes)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([1.0, -1.0, 0.0, 1.0]).view(4, 1, 1, 1))
+            self.conv.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))  # type: ignore[union-attr]
+            self.norm.running_mean.copy_(torch.tensor([0.0, 0.0, 0.0, 6.0]))  # type: ignore[union-attr]
+            self.norm.bias.copy_(torch.tensor([0.0, 0.5, 0.25, 0.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.norm(self.conv(x)).relu().amax((2, 3)))
+        return logits
+
+
+def test_dormant_channels_are_found_behind_batchnorm() -> None:
+    model = ImageClassifier(Built, 2, (1, 1, 2), (0.0,), (1.0,)).eval()
+    pixels = torch.tensor([[0, 255], [51, 51], [0, 0]], dtype=torch.uint8).view(3, 1, 1, 2)  # 0, 1; 0.2, 0.2; 0, 0
+    images = ImageSet(pixels, torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    layers = last_convolution(model)
+    assert layers == ["conv", "norm"]
+    # x; 0.5 − x, where that is above 0; 0.25; never above 0
+    expected = torch.tensor([1.4 / 6, 2.1 / 6, 0.25, 0.0], dtype=torch.float64)
+    found = activity(model, "norm", images)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(activity(model, "norm", images.select(torch.tensor([2, 0, 1]))), found)
+    assert not model.net.conv._forward_hooks
+    masks = dormant_masks(model.net, layers, found, 0.5)
+    assert set(masks) == {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}
+    for mask in masks.values():
+        assert mask.reshape(4, -1).all(1).tolist() == [False, True, True, False]
     apply(model.net, masks)
-    assert model.eval().net.body(torch.randn(3, 1, 8, 8))[:, [2, 5]].abs().max() == 0
+    assert model.net.norm(model.net.conv(torch.randn(9, 1, 1, 2)))[:, [0, 3]].abs().max() == 0
+    assert dormant_masks(model.net, ["conv"], torch.zeros(4), 0.5)["conv.bias"].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape", "norm"),
+    [
+        (SmallCNN, (1, 8, 8), True),
+        (BadNetsCNN, (1, 16, 16), False),
+        (partial(ResNet9, width=2), (3, 16, 16), True),
+        (partial(ResNet18, width=2), (3, 8, 8), True),
+        (partial(PreActResNet18, width=2), (3, 8, 8), False),
+        (partial(PreActResNet18, width=2, final_norm=True), (3, 8, 8), False),  # that is of the sum with the shortcut
+    ],
+)
+def test_the_last_convolution_of_each_kind(backbone: Any, shape: tuple[int, int, int], norm: bool) -> None:
+    channels = shape[0]
+    model = ImageClassifier(backbone, 4, shape, (0.5,) * channels, (0.3,) * channels)
+    found = last_convolution(model)
+    assert model.training
+    assert found[0] == [name for name, layer in model.net.named_modules() if isinstance(layer, nn.Conv2d)][-1]
+    assert [type(model.net.get_submodule(name)) for name in found[1:]] == [nn.BatchNorm2d] * norm
 
 
 def test_fine_pruning_runs(weights: str) -> None:
@@ -146,6 +185,5 @@ def test_bad_values(weights: str) -> None:
     for kind in (Pruned, Quantised):
         with refused("weights = None"):
             kind(CNN, 10, data.image_shape, data.mean, data.std)
-    images = ImageSet(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), torch.arange(2))
     with refused("backbone", "no convolution"):
-        activity(ImageClassifier(partial(MLP, hidden=[4]), 10, data.image_shape, data.mean, data.std), images)
+        last_convolution(ImageClassifier(partial(MLP, hidden=[4]), 10, data.image_shape, data.mean, data.std))
