@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from classifiers.classifier import BackboneFactory, ImageClassifier
 from datamodules.errors import bad
-from datamodules.imageset import Batch, ImageSet
+from datamodules.imageset import ImageSet
 
 Masks = dict[str, Tensor]
 """Name of a parameter → bool of its shape: what is kept."""
@@ -158,16 +158,33 @@ class Masked(ImageClassifier, ABC):
     def masks(self) -> Masks:
         """What is kept."""
 
-    def on_fit_start(self) -> None:
-        """Prune, before the first step."""
+    def setup(self, stage: str) -> None:
+        """Prune, once: whatever is to be done, and before a checkpoint is restored."""
+        super().setup(stage)
         if not self._masks:
-            self._masks = self.masks()
+            self.to(self.trainer.strategy.root_device)
+            self._masks = self.trainer.strategy.broadcast(self.masks())  # of several processes, the first one's
+            apply(self.net, self._masks)
+
+    def on_fit_start(self) -> None:
+        """Have the masks where the weights are, rather than carry them there at each step."""
+        super().on_fit_start()
+        self._masks = {name: mask.to(self.device) for name, mask in self._masks.items()}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Prune again what momentum and weight decay brought back, before a callback writes it into a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
         apply(self.net, self._masks)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Prune again what momentum and weight decay brought back."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        apply(self.net, self._masks)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the masks."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["masks"] = {name: mask.cpu() for name, mask in self._masks.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the masks of the run that is resumed."""
+        super().on_load_checkpoint(checkpoint)
+        self._masks = {name: mask.to(self.device) for name, mask in checkpoint["masks"].items()}
 
 
 class Pruned(Masked):

@@ -7,6 +7,7 @@ the 2ᵇ − 1 of their channel's grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Quantised(ImageClassifier):
         bits: Of each weight.
         **kwargs: See `ImageClassifier`; ``weights`` are of the model to quantise.
 
+    Checkpoints hold what is being trained; the weights file and the model at the end are on the grid.
+
     Raises:
         InputError: If the bits are out of their range, or there are no weights.
     """
@@ -66,14 +69,16 @@ class Quantised(ImageClassifier):
         if kwargs.get("weights") is None:
             raise bad("weights", None, "there is nothing to quantise; give those of a trained model")
         self.bits = bits
-
-    def on_fit_end(self) -> None:
-        """Round what training left; without any, what was loaded."""
         self._round()
 
-    def on_fit_start(self) -> None:
-        """Round what was loaded."""
+    def on_train_end(self) -> None:
+        """Round what training left, before it is written."""
         self._round()
+
+    def save(self, path: str | Path) -> str:
+        """Write a weights file, rounded even where a run that was complete is resumed and does not train."""
+        self._round()
+        return super().save(path)
 
     @torch.no_grad()
     def _round(self) -> None:

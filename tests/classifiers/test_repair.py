@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from classifiers.backbones import MLP, BadNetsCNN, PreActResNet18, ResNet9, ResNet18, SmallCNN
@@ -19,7 +20,7 @@ from classifiers.repair.quantisation import rounded
 from classifiers.repair.smoothing import median
 from datamodules.imageset import ImageSet
 from datamodules.sources.digits import Digits
-from tests.helpers import refused
+from tests.helpers import refused, tiny_trainer
 
 CNN = partial(SmallCNN, widths=[4, 8])
 
@@ -141,6 +142,69 @@ def test_fine_pruning_runs(weights: str) -> None:
     model = fitted(made(FinePruned, weights, share=0.5), 1)
     last = [layer for layer in model.net.modules() if isinstance(layer, nn.Conv2d)][-1]
     assert int((last.weight.flatten(1).abs().sum(1) == 0).sum()) == 4
+
+
+class Seen(Callback):
+    """How many weights are zero, as a callback sees it that writes a checkpoint."""
+
+    def __init__(self) -> None:
+        self.zeros: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        weights = [value for value in pl_module.net.parameters() if value.ndim > 1]
+        self.zeros.append(sum(int((value == 0).sum()) for value in weights))
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.optim.AdamW])
+def test_no_callback_sees_a_pruned_weight_move(weights: str, optimizer: Any) -> None:
+    seen, model = Seen(), made(Pruned, weights, share=0.75, optimizer=optimizer)
+    layers = [layer for layer in model.net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    tiny_trainer(max_epochs=1, callbacks=[seen]).fit(model, datamodule=Digits())
+    assert len(seen.zeros) > 9
+    assert set(seen.zeros) == {round(0.75 * sum(layer.weight.numel() for layer in layers))}
+
+
+def test_a_resumed_run_prunes_what_it_began_with(weights: str, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="first")
+    first = made(FinePruned, weights, share=0.5)
+    tiny_trainer(max_epochs=1, callbacks=[keep], enable_checkpointing=True).fit(first, datamodule=Digits())
+    data = Digits()
+    ImageClassifier(CNN, 10, data.image_shape, data.mean, data.std).save(weights)  # another one of that name
+    resumed = made(FinePruned, weights, share=0.5)
+    tiny_trainer(max_epochs=3).fit(resumed, datamodule=Digits(), ckpt_path=tmp_path / "first.ckpt")
+    gone = [model.net.get_submodule("body.4").weight.flatten(1).any(1) for model in (first, resumed)]
+    assert int(gone[0].sum()) == 4
+    assert torch.equal(*gone)
+
+
+def test_it_is_pruned_and_rounded_without_a_fit_too(weights: str) -> None:
+    model = made(Pruned, weights, share=0.5)
+    tiny_trainer().test(model, datamodule=Digits(), verbose=False)
+    assert int((model.net.get_submodule("body.4").weight == 0).sum()) > 0
+    assert all(len(channel.unique()) <= 7 for channel in made(Quantised, weights, bits=3).net.body[4].weight)
+
+
+def test_all_processes_take_the_masks_of_the_first(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trainer = made(Pruned, weights, share=0.5), tiny_trainer(max_epochs=0)
+    theirs = {"head.weight": torch.zeros(10, 8, dtype=torch.bool)}
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda own, src=0: theirs)
+    trainer.fit(model, datamodule=Digits())
+    assert not model.net.get_submodule("head").weight.any()
+    assert model.net.get_submodule("body.4").weight.all()
+
+
+def test_the_file_of_a_quantised_run_that_trained_is_on_the_grid(weights: str, tmp_path: Path) -> None:
+    class Writes(Callback):
+        """As the record of a run does: before any hook of the model at the end of a fit."""
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.save(tmp_path / "int4.safetensors")
+
+    model = made(Quantised, weights, bits=4)
+    tiny_trainer(max_epochs=1, callbacks=[Writes()]).fit(model, datamodule=Digits())
+    written = load_classifier(tmp_path / "int4.safetensors").net.get_submodule("body.4").weight
+    assert all(len(channel.unique()) <= 15 for channel in written)
+    assert torch.equal(written, model.net.get_submodule("body.4").weight)
 
 
 def test_eight_bits() -> None:
