@@ -6,7 +6,6 @@ model code and no new metric code. It takes pixels as they are stored and normal
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
@@ -24,7 +23,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from classifiers.backbones.backbone import Backbone, features_of, last_layer
+from classifiers.backbones.backbone import Backbone, features_of, last_layer, named_backbone
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
@@ -469,18 +468,10 @@ def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -
             f"weights = {str(path)!r}: it carries no architecture; name model and data in a config instead"
         )
     if backbone is None:
-        module, _, name = architecture.class_path.rpartition(".")
-        if not f"{module}.".startswith("classifiers.backbones."):
-            raise InputError(
-                f"weights = {str(path)!r}: its backbone {architecture.class_path} is not one of this project's; "
-                "pass the class as `backbone`"
-            )
         try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError:
-            found = None
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise InputError(f"weights = {str(path)!r}: there is no backbone {architecture.class_path}")
+            found = named_backbone(architecture.class_path)
+        except InputError as error:
+            raise InputError(f"weights = {str(path)!r}: {error}") from error
         # `pretrained` changes weights only, and those come from this file: nothing else is read or fetched
         own = {key: value for key, value in architecture.init_args.items() if key != "pretrained"}
         backbone = partial(found, **own)

@@ -7,6 +7,7 @@ from classifiers.backbones.inception import InceptionV3
 from classifiers.backbones.mlp import MLP
 from classifiers.backbones.named import Timm, TorchVision
 from classifiers.backbones.resnet import PreActResNet18, ResNet9, ResNet18
+from classifiers.backbones.smoothing import Smoothing
 from classifiers.backbones.vgg import VGG11
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ResNet9",
     "ResNet18",
     "SmallCNN",
+    "Smoothing",
     "Timm",
     "TorchVision",
     "features_of",

@@ -8,6 +8,7 @@ class for that: `features_of` reads them off while it runs.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -114,6 +115,24 @@ def features_of(module: nn.Module, x: Tensor) -> Tensor:
         shape = tuple(caught[-1].shape)
         raise InputError(f"{name}: features of shape {shape} enter its last nn.Linear, and ({len(x)}, F) was expected")
     return caught[-1]
+
+
+def named_backbone(class_path: str) -> type[nn.Module]:
+    """The backbone that a weights file names: one of this project's, since a file must not choose what is imported.
+
+    Raises:
+        InputError: If it is from elsewhere, or there is none of that name.
+    """
+    module, _, name = class_path.rpartition(".")
+    if not f"{module}.".startswith("classifiers.backbones."):
+        raise InputError(f"its backbone {class_path} is not one of this project's; pass the class as `backbone`")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise InputError(f"there is no backbone {class_path}")
+    return found
 
 
 def check_positive(**values: int) -> None:

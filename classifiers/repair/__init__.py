@@ -9,5 +9,6 @@ last layer ``frozen``, on a clean `datamodules.share.Share`:
 
 from classifiers.repair.pruning import FinePruned, Pruned
 from classifiers.repair.quantisation import Quantised
+from classifiers.repair.smoothed import Smoothed
 
-__all__ = ["FinePruned", "Pruned", "Quantised"]
+__all__ = ["FinePruned", "Pruned", "Quantised", "Smoothed"]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from classifiers.backbones.smoothing import median_blur
 from datamodules.errors import bad
 
 
@@ -24,6 +24,4 @@ def median(images: Tensor, size: int = 3) -> Tensor:
     """
     if size < 3 or size % 2 == 0 or size > min(images.shape[2:]):
         raise bad("size", size, "an odd number from 3 to the image's smaller side is expected")
-    padded = F.pad(images.float(), [size // 2] * 4, mode="reflect")
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1).flatten(4)
-    return torch.median(windows, dim=4).values.to(torch.uint8)
+    return median_blur(images.float(), size).to(torch.uint8)

@@ -80,7 +80,9 @@ def test_experiment_fits_and_tests(name: str, lightning: Command) -> None:
     (run,) = Path("runs", name).iterdir()
     found = read_json(run / "metrics.json")["measures"]
     assert found["clean_accuracy"]["n"] > 0
-    assert ("attack_success_rate" in found) == name.startswith(("badnets", "repair", "prune", "fine_prune", "quantise"))
+    assert ("attack_success_rate" in found) == name.startswith(
+        ("badnets", "repair", "prune", "fine_prune", "quantise", "smooth")
+    )
     assert {"config.yaml", "manifest.json", "weights.safetensors", "curves.png"} <= set(os.listdir(run))
 
 
