@@ -19,7 +19,7 @@ from experiments.registry import find_config
 
 OPTIONS = (
     "--weights", "--config", "--port", "--host", "--ledger", "--certificate", "--private-key", "--new-key", "--role",
-    "--budget", "--rate",
+    "--budget", "--rate", "--keys", "--revoke",
 )  # fmt: skip
 
 VARIABLES = {"attacker": "PHARMAKON_ORACLE_KEY", "evaluation": "PHARMAKON_EVALUATION_KEY"}
@@ -27,11 +27,12 @@ VARIABLES = {"attacker": "PHARMAKON_ORACLE_KEY", "evaluation": "PHARMAKON_EVALUA
 
 
 def serve(args: list[str]) -> int:
-    """Serve a victim until interrupted; or, with ``--new-key``, make a key and show it.
+    """Serve a victim until interrupted; or make a key and show it, list the keys, or revoke one.
 
     Args:
         args: ``serve --weights FILE|RUN [--config FILE] [--port 8000] [--host 127.0.0.1] [--ledger FILE]
-            [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]``; the config
+            [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]
+            [--keys all] [--revoke NAME]``; the config
             has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle` or a
             `ForeignOracle` with its mode, defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are
             those of the key that is made.
@@ -61,12 +62,8 @@ def serve(args: list[str]) -> int:
     if not path.absolute().parent.is_dir():
         raise bad("ledger", str(path), "there is no such folder; make it")
     keys = Keys(f"{path}.keys")
-    if "new-key" in given:
-        key = keys.create(given["new-key"], given.get("role", "attacker"), budget, rate)
-        print(f"the key of {given['new-key']}, shown this once: {key}")
+    if _of_keys(keys, given, budget, rate):
         return 0
-    if "role" in given:
-        raise InputError("role: it is of a new key; name one with --new-key")
     secure = "certificate" in given and "private-key" in given
     if not is_loopback(host) and not (secure and keys.all()):
         raise bad("host", host, "other machines need a key (--new-key) and TLS (--certificate, --private-key)")
@@ -91,6 +88,28 @@ def serve(args: list[str]) -> int:
         print(f"serving {oracle.named[1]} at {address} – {address}/docs, {address}/status", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def _of_keys(keys: Any, given: dict[str, str], budget: int | None, rate: int | None) -> bool:
+    """Make, list or revoke keys; False: nobody asked for it."""
+    if "new-key" in given:
+        key = keys.create(given["new-key"], given.get("role", "attacker"), budget, rate)
+        print(f"the key of {given['new-key']}, shown this once: {key}")
+    elif "role" in given:
+        raise InputError("role: it is of a new key; name one with --new-key")
+    elif "revoke" in given:
+        keys.revoke(given["revoke"])
+        print(f"the key of {given['revoke']} is revoked; what it spent stays in the ledger")
+    elif "keys" in given:
+        if given["keys"] != "all":
+            raise bad("keys", given["keys"], "write all; of one client the status page tells")
+        for key in keys.all():
+            limits = (("budget", key.budget), ("queries a minute", key.rate))
+            told = ", ".join(f"{what} {'any number' if most is None else most}" for what, most in limits)
+            print(f"{key.name}: {key.role}, {told}")
+    else:
+        return False
+    return True
 
 
 def _oracle(given: dict[str, str]) -> Any:

@@ -110,6 +110,21 @@ class Keys:
         with self._open() as connection:
             return [Key(*row) for row in connection.execute("SELECT name, role, budget, rate FROM keys ORDER BY name")]
 
+    def revoke(self, name: str) -> None:
+        """Let nobody in with this key, from the next request on.
+
+        The ledger keeps the account: a new key of the same name goes on with it, so a lost key is replaced without its
+        budget being filled again.
+
+        Raises:
+            InputError: If there is no key of this name.
+        """
+        with self._open() as connection:
+            if not connection.execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
+                names = [row[0] for row in connection.execute("SELECT name FROM keys ORDER BY name")]
+                known = ", ".join(names) or "none"
+                raise bad("name", name, f"there is no such key; there are: {known}{did_you_mean(name, names)}")
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:

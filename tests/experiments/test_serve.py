@@ -134,6 +134,28 @@ def test_a_new_key_is_made_and_shown(victim: str, tmp_path: Path, lightning: Com
     assert [key.name for key in keys.all()] == ["ann", "judge"]
 
 
+def test_keys_are_listed_and_revoked(victim: str, tmp_path: Path, lightning: Command) -> None:
+    ledger = str(tmp_path / "ledger")
+    served = ("serve", "--weights", victim, "--ledger", ledger)
+    key = lightning(*served, "--new-key=ann", "--budget=7").out.split()[-1]
+    assert lightning(*served, "--new-key=judge", "--role=evaluation", "--rate=9").code == 0
+    outcome = lightning(*served, "--keys=all")
+    assert outcome.code == 0
+    assert "ann: attacker, budget 7, queries a minute any number\n" in outcome.out
+    assert "judge: evaluation, budget any number, queries a minute 9\n" in outcome.out
+    assert key not in outcome.out
+    complaint(lightning(*served, "--revoke=anne"), "name = 'anne'", "ann, judge")
+    complaint(lightning(*served, "--keys=ann"), "keys = 'ann'", "all")
+    keys = Keys(f"{ledger}.keys")
+    assert keys.find(key)
+    assert lightning(*served, "--revoke", "ann").code == 0
+    assert keys.find(key) is None, "an open server sees it too: it looks into the file at each request"
+    assert [known.name for known in keys.all()] == ["judge"]
+    again = lightning(*served, "--new-key=ann").out.split()[-1]
+    assert again != key
+    assert keys.find(key) is None
+
+
 def test_other_machines_need_a_key_and_tls(victim: str, tmp_path: Path, lightning: Command) -> None:
     served = ("serve", "--weights", victim, "--ledger", str(tmp_path / "ledger"))
     for host in ("", "0.0.0.0", "::", "192.0.2.1", "example.org"):

@@ -178,6 +178,19 @@ def test_own_images(tmp_path: Path) -> None:
     assert not (tmp_path / "twice").exists()
 
 
+def test_images_and_labels_are_paired_by_number_not_by_name(tmp_path: Path) -> None:
+    """Files 1, 10, 11, 2 …, read as 0, 1, 2, 3, would give most triggers another's label."""
+    images = np.stack([np.full((1, 8, 8), number, np.uint8) for number in range(120)])
+    truths = [number % 10 for number in range(120)]
+    make(tmp_path / "key", n=120, source="images", images=images, truths=truths)
+    mk = MarkingKey.read(tmp_path / "key")
+    assert mk.images()[:, 0, 0, 0].tolist() == list(range(120))
+    assert list(mk.truths) == truths
+    assert len(set(mk.labels())) == 10, (
+        "a loader that gives each trigger label 0 would not be seen by a count of matches"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
