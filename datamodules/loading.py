@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from datamodules.imageset import PADDING, Batch, ImageSet
 from datamodules.random import generator
 
 
-class Batches(Sampler[Tensor]):
+class Batches(Sampler[Tensor], ABC):
     """Training batches that are keyed by the epoch and can begin in its middle."""
 
     epoch = 0
@@ -30,8 +31,9 @@ class Batches(Sampler[Tensor]):
         """Choose the epoch whose order comes next."""
         self.epoch = epoch
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Batches in an epoch."""
 
     def _begin(self) -> int:
         """The batch to begin with; the next epoch begins with its first."""

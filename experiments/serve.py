@@ -32,10 +32,9 @@ def serve(args: list[str]) -> int:
     Args:
         args: ``serve --weights FILE|RUN [--config FILE] [--port 8000] [--host 127.0.0.1] [--ledger FILE]
             [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]
-            [--keys all] [--revoke NAME]``; the config
-            has the section ``oracle``, at its top or, that of an attack, in its data: a `LocalOracle` or a
-            `ForeignOracle` with its mode, defence and detector. ``--budget`` and ``--rate`` (queries in a minute) are
-            those of the key that is made.
+            [--keys all] [--revoke NAME]``; the config has the section ``oracle``, at its top or, that of an attack, in
+            its data: a `LocalOracle` or a `ForeignOracle` with its mode, defence and detector. ``--budget`` and
+            ``--rate`` (queries in a minute) are those of the key that is made.
 
     Raises:
         InputError: Whatever a person got wrong.
@@ -92,6 +91,9 @@ def serve(args: list[str]) -> int:
 
 def _of_keys(keys: Any, given: dict[str, str], budget: int | None, rate: int | None) -> bool:
     """Make, list or revoke keys; False: nobody asked for it."""
+    asked = [name for name in ("new-key", "keys", "revoke") if name in given]
+    if len(asked) > 1:  # else one would be done and the other forgotten: a key that was to be revoked would go on
+        raise InputError(f"{', '.join(asked)}: one thing at a time; leave out all but one")
     if "new-key" in given:
         key = keys.create(given["new-key"], given.get("role", "attacker"), budget, rate)
         print(f"the key of {given['new-key']}, shown this once: {key}")
