@@ -60,7 +60,8 @@ def marked(
         configs: Of the marked model; the data are a `TriggerSet`.
         unmarked: Of the other.
         scheme: Which of the schemes; its name where there are none.
-        schemes: By name, keys that differ; ``source`` is where its triggers come from.
+        schemes: By name, keys that differ; ``source`` is where its triggers come from, ``configs`` those of a scheme
+            with a model of its own.
         overrides: Keys that differ, in both.
         source: Where triggers come from: ``abstract``, ``noise``, or ``images``, of the holdout.
         n: Triggers.
@@ -69,7 +70,7 @@ def marked(
         One row: accuracy of both, the triggers' and the verdict.
     """
     own = dict(_chosen(schemes, "scheme", scheme))
-    source = own.pop("source", source)
+    source, configs = own.pop("source", source), own.pop("configs", configs)
     plain = start_config(unmarked, overrides, seed)
     _make_key(folder / "key", plain.datamodule, source, n)
     other = fit(plain, plain.datamodule)
