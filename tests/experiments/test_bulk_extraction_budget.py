@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from classifiers.backbones import MLP
 from datamodules.sources.digits import Digits
 from experiments.bulk.extraction_budget import epochs_for, equivalent, surrogate
-from experiments.bulk.fitting import start_config
-from extraction.strategy import Extraction
+from experiments.bulk.fitting import fit, start_config
+from extraction.strategy import Extraction, Similarity
 from tests.helpers import mlp, refused
 
 FAST: dict[str, Any] = {
@@ -88,3 +89,39 @@ def test_the_equivalent_network_is_a_surrogate_with_all_of_the_victims_labels(tm
     (row,) = equivalent(tmp_path, 0, mode="rounded_scores", **given)
     assert row["failure"]
     assert "fidelity" not in row
+
+
+def test_a_larger_budget_does_not_go_on_from_a_smaller_one(
+    tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**FAST, "configs": ["knockoff_digits"], "weights": victim, "strategy": "own", "steps": 40}
+
+    def row(cache: str, budget: int) -> dict[str, Any]:
+        monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path / cache))
+        (found,) = surrogate(tmp_path, 0, budget=budget, **given)
+        return found
+
+    row("one", 64)
+    assert row("one", 256) == row("another", 256), "whatever was trained before it"
+
+
+def test_what_is_measured_are_the_last_weights(tmp_path: Path, victim: str) -> None:
+    given = {**FAST, "configs": ["knockoff_digits"], "weights": victim, "strategy": "own", "budget": 128, "steps": 20}
+    (row,) = surrogate(tmp_path, 0, **given)
+    epochs = {"trainer.max_epochs": 10, "data.budget": 128, "data.oracle.weights": victim, "data.oracle.mode": "label"}
+    line = start_config(["knockoff_digits"], {**FAST["overrides"], **epochs}, 0)
+    model = fit(line, line.datamodule).eval()
+    line.datamodule.setup("test")
+    test = line.datamodule.test_set
+    with torch.no_grad():
+        hits = int((model(test.images_at(torch.arange(len(test)))).argmax(1) == test.labels).sum())
+    assert row["accuracy"]["value"] == hits / len(test)
+
+
+def test_the_divergence_is_that_of_the_logits_and_takes_a_zero() -> None:
+    logits, target = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[0.75, 0.25, 0.0]])
+    measured = Similarity()
+    measured.update(logits, target)
+    log_q = logits.double() - logits.double().exp().sum().log()
+    by_hand = 0.75 * (math.log(0.75) - log_q[0, 0]) + 0.25 * (math.log(0.25) - log_q[0, 1])
+    torch.testing.assert_close(measured.compute(), by_hand)
