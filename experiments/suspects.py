@@ -53,16 +53,17 @@ def _own(model: str) -> Suspect:
     import torch
 
     from classifiers.classifier import load_classifier
+    from classifiers.devices import accelerator
     from classifiers.weights import content_hash, find_weights, load_weights
 
     path = find_weights(model)
     tensors, _ = load_weights(path)
-    classifier = load_classifier(path)
+    classifier = load_classifier(path).to(accelerator())
 
     def ask(images: Images) -> list[int]:
         with torch.inference_mode():
             parts = torch.from_numpy(images).split(_BATCH)
-            return torch.cat([classifier(part).argmax(1) for part in parts]).tolist()
+            return torch.cat([classifier(part.to(classifier.device)).argmax(1) for part in parts]).tolist()
 
     return Suspect(ask, content_hash(tensors), classifier.num_classes, classifier.image_shape, False, lambda: None)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from classifiers.classifier import load_classifier
+from classifiers.devices import accelerator
 from classifiers.weights import content_hash, find_weights, load_weights
 from datamodules.errors import bad
 from datamodules.imageset import fingerprint
@@ -133,7 +134,7 @@ class InProcessOracle(Oracle):
         response: What a flagged client gets: ``watch`` (answers), ``refuse`` or ``degrade``.
         price: Of a thousand queries.
         batch_size: Of each model call.
-        device: Where the victim works, such as ``cuda``; None: the CPU.
+        device: Where the victim works, such as ``cpu``; None: on a GPU, if there is one.
         precision: Its number type: ``float32``, ``float64`` or ``bfloat16``.
 
     Raises:
@@ -210,18 +211,22 @@ class InProcessOracle(Oracle):
         """What answers attackers, on a ledger."""
         return Service(
             self._victim, ledger, self.mode, self.k, self.defence, self.detector, self.response, self.batch_size,
-            Domain(self.made_for()[1]), self.device, self.precision,
+            Domain(self.made_for()[1]), self._place, self.precision,
         )  # fmt: skip
 
     def evaluation(self, ledger: Ledger) -> Service:
         """What answers evaluators, on a ledger: all scores, undefended and unwatched."""
         domain = Domain(self.made_for()[1])
-        return Service(self._victim, ledger, batch_size=self.batch_size, domain=domain, device=self.device)
+        return Service(self._victim, ledger, batch_size=self.batch_size, domain=domain, device=self._place)
 
     @property
     def num_classes(self) -> int:
         """K of the victim."""
         return self.made_for()[0]
+
+    @property
+    def _place(self) -> str:
+        return self.device or str(accelerator())
 
     @property
     def _victim(self) -> Model:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.devices import accelerator
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import bad
 from datamodules.imageset import ImageSet
@@ -142,7 +143,7 @@ def end_to_end(
     data.prepare_data()
     data.setup("fit")
     warm = load_classifier(weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = accelerator()
     extractor = load_extractor(weights, data.image_shape).to(device)
     for field, number in (("trials", trials), ("poisons", poisons + 1), ("images", images or 1)):
         if number < 1:

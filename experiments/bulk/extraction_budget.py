@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad, did_you_mean
 from datamodules.measures import wilson
 from experiments.bulk.end_to_end import read_source
-from experiments.bulk.fitting import fit, start_config
+from experiments.bulk.fitting import fit, loaded, start_config
 from experiments.bulk.functionally_equivalent import recover
 from extraction.oracle import LocalOracle
 from extraction.rounds import Rounds
@@ -78,7 +78,7 @@ def surrogate(
         raise InputError("configs: the data must be an attack on a LocalOracle")
     model = fit(line, data, None if steps is None else epochs_for(steps, data))
     data.setup("test")
-    victim, test = load_classifier(weights), data.test_set
+    victim, test = loaded(weights), data.test_set
     guessed, truth = _logits(model, data), _logits(victim, data)
     same = guessed.argmax(1) == truth.argmax(1)
     best = truth.softmax(1).topk(2, dim=1).values
@@ -143,7 +143,7 @@ def equivalent(
     data.prepare_data()
     data.setup("test")
     (found,) = recover(folder, seed, weights=weights, source=source, answers=mode)
-    own = _share(_logits(load_classifier(weights), data).argmax(1) == data.test_set.labels)
+    own = _share(_logits(loaded(weights), data).argmax(1) == data.test_set.labels)
     row = {"victim_accuracy": own, "failure": found["failure"]}
     if not found["recovered"]:
         return [row]

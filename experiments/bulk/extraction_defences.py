@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classifiers.backbones import SmallCNN
-from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.classifier import ImageClassifier
+from classifiers.devices import accelerator
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad, did_you_mean
 from datamodules.imageset import ImageSet
 from datamodules.measures import wilson
 from datamodules.random import generator
 from experiments.bulk.end_to_end import read_source
-from experiments.bulk.fitting import fit, start_config
+from experiments.bulk.fitting import fit, loaded, start_config
 from experiments.cli import CommandLine
 from extraction.answers import labels, soft_labels
 from extraction.countermeasures import AveragedOracle, CoarseOracle, PaddedOracle, SybilOracle, padded
@@ -52,7 +53,7 @@ def misleading(
         One row: its accuracy, which should be far below chance.
     """
     line = start_config(configs, overrides, seed)
-    model, data = line.model, line.datamodule
+    model, data = line.model.to(accelerator()), line.datamodule
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
@@ -60,7 +61,11 @@ def misleading(
     optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
     for _ in range(epochs):
         for rows in torch.randperm(len(train), generator=private).split(_BATCH):
-            right = model(train.images_at(rows)).softmax(1).gather(1, train.labels[rows, None])
+            right = (
+                model(train.images_at(rows).to(model.device))
+                .softmax(1)
+                .gather(1, train.labels[rows, None].to(model.device))
+            )
             loss = -torch.log1p(-right.clamp_max(1 - 1e-6)).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -142,7 +147,7 @@ def defended(
     line.trainer.fit_loop.max_epochs = round((line.trainer.max_epochs or 1) * data.oracle.per_image)
     surrogate = fit(line, data)
     data.setup("test")
-    victim, test, train = load_classifier(weights), data.test_set, data.train_set
+    victim, test, train = loaded(weights), data.test_set, data.train_set
     guessed, truth = _scores(surrogate, test).argmax(1), _scores(victim, test)
     ledger = folder / "honest.sqlite"
     answers = oracle.service(Ledger(ledger)).answer("honest user", _images(test), "all")
@@ -203,7 +208,7 @@ def _confidence(
     base = _attack(start_config(configs, {**(overrides or {}), "data.oracle.weights": weights}, seed)).base
     base.prepare_data()
     base.setup("fit")
-    return calibrated(_scores(load_classifier(weights), base.val_set), below)
+    return calibrated(_scores(loaded(weights), base.val_set), below)
 
 
 def detection(
@@ -253,7 +258,7 @@ def detection(
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    victim = load_classifier(weights).requires_grad_(False)
+    victim = loaded(weights).requires_grad_(False)
     makers: dict[str, Callable[[], Detector]] = {
         "prada": lambda: PRADA(delta),
         "out_of_distribution": lambda: OutOfDistributionShare(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 
-from classifiers.classifier import ImageClassifier
+from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.devices import accelerator
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError
 from experiments.cli import CommandLine, start
@@ -36,7 +38,7 @@ def options_of(overrides: Mapping[str, Any] | None, seed: int) -> list[str]:
 
 
 def fit(line: CommandLine, data: ImageDataModule, epochs: int | None = None) -> ImageClassifier:
-    """Train the config's model on `data` with nothing kept.
+    """Train the config's model on `data` with nothing kept; it comes back ready to answer, where there is a GPU on it.
 
     Args:
         line: Model and trainer.
@@ -62,4 +64,9 @@ def fit(line: CommandLine, data: ImageDataModule, epochs: int | None = None) -> 
     if not isinstance(model, ImageClassifier):
         raise InputError("configs: the model must be an ImageClassifier")
     trainer.fit(model, data)
-    return model.eval()
+    return model.eval().to(accelerator())
+
+
+def loaded(weights: str | Path) -> ImageClassifier:
+    """A classifier from its weights file, ready to answer, where there is a GPU on it."""
+    return load_classifier(weights).to(accelerator())

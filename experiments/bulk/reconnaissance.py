@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from classifiers.classifier import ImageClassifier
+from classifiers.devices import accelerator
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import ImageSet
@@ -97,7 +98,7 @@ def adversarial(
     data = read_source(source)
     data.prepare_data()
     data.setup("test")
-    shape, device = data.image_shape, _device()
+    shape, device = data.image_shape, accelerator()
     named = {"victim": victim, "surrogate": surrogate, "independent": independent, "unrelated": unrelated}
     models = {name: load_extractor(path, shape).to(device) for name, path in named.items() if path is not None}
     clean, labels, ids = (part.to(device) for part in _right(models["victim"], data.test_set, images, seed))
@@ -306,7 +307,7 @@ def _prepared(data: ImageDataModule) -> ImageDataModule:
 @torch.no_grad()
 def _scores(weights: str | Path, data: ImageDataModule, images: Tensor) -> Tensor:
     """A network's probabilities (N, K), on the CPU."""
-    model = load_extractor(weights, data.image_shape).to(_device())
+    model = load_extractor(weights, data.image_shape).to(accelerator())
     return torch.cat([model(part.to(model.device)).softmax(1).cpu() for part in images.split(_BATCH)])
 
 
@@ -352,7 +353,3 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from classifiers.classifier import ImageClassifier
+from classifiers.devices import accelerator
 from classifiers.last_layers import scores, train_last_layers
 from datamodules.augment import FlipCrop
 from datamodules.classes import Classes
@@ -231,7 +232,7 @@ def transfer(
     data.setup("fit")
     train, test = _all(data.train_set), _all(data.test_set)
     drawn = draw_trials(train.labels, test.labels, len(classes), trials, poisons, seed)
-    model = load_extractor(extractor, data.image_shape).to(_device())
+    model = load_extractor(extractor, data.image_shape).to(accelerator())
     known, seen = _embed(model, train.images), _embed(model, test.images)
     recipe: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     nothing = known.new_empty(1, 0, known.shape[1]), train.labels.new_empty(1, 0)
@@ -331,13 +332,13 @@ def from_scratch(
     train, test = data.train_set, data.test_set
     poisons = round(poison_fraction * len(train))
     drawn = draw_trials(train.labels, test.labels, data.num_classes, trials, poisons, seed, targets_per_victim)
-    model = load_extractor(weights, data.image_shape).to(_device())
+    model = load_extractor(weights, data.image_shape).to(accelerator())
     if model.num_classes != data.num_classes:
         raise bad("weights", weights, f"made for {model.num_classes} classes, and there are {data.num_classes}")
     augment = getattr(source_of(data), "augmentation", None)
     expected = augment if isinstance(augment, FlipCrop) else None
     began = time.perf_counter()
-    network = load_extractor(weights, data.image_shape).to(_device()).requires_grad_(True)
+    network = load_extractor(weights, data.image_shape).to(accelerator()).requires_grad_(True)
     made, left = _craft(attack, model, network, train, test, drawn, epsilon, seed, expected, options)
     crafted = time.perf_counter()
     rows: list[Outcome] = []
@@ -481,7 +482,3 @@ def _all(images: ImageSet) -> ImageSet:
 
 def _embed(model: ImageClassifier, images: Tensor) -> Tensor:
     return features_in_parts(lambda part: model.features(part.to(model.device)).cpu(), images)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

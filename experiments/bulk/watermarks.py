@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classifiers.backbones.backbone import last_layer
-from classifiers.classifier import ImageClassifier, load_classifier
+from classifiers.classifier import ImageClassifier
 from classifiers.repair.smoothing import median
 from classifiers.weights import content_hash, load_weights
 from datamodules.datamodule import ImageDataModule
@@ -29,7 +29,7 @@ from datamodules.imageset import ImageSet
 from datamodules.measures import Hits, wilson
 from datamodules.random import generator
 from experiments.bulk.end_to_end import read_source
-from experiments.bulk.fitting import fit, start_config
+from experiments.bulk.fitting import fit, loaded, start_config
 from watermark import derive, keys, transcript
 from watermark.derive import Images
 from watermark.keys import MarkingKey, keygen
@@ -127,7 +127,7 @@ def removed(
         InputError: If there is no such attack.
     """
     spec = dict(_chosen(attacks, "attack", attack))
-    key, before = Path(weights).parent / "key", load_classifier(weights)
+    key, before = Path(weights).parent / "key", loaded(weights)
     task = read_source(data)
     task.prepare_data()
     task.setup("test")
@@ -177,7 +177,7 @@ def panel(
     Returns:
         One row: of all keys, the most matches, the smallest p-value, and how many verified.
     """
-    model = load_classifier(weights)
+    model = loaded(weights)
     found = []
     for number in range(key_count):
         keygen(folder / f"key{number}", classes=model.num_classes, shape=model.image_shape, n=n, source=source)
@@ -212,7 +212,7 @@ def null(
     Returns:
         A row for each number of matches: the share of decoys with as many or more, and what the bound says.
     """
-    model = load_classifier(weights)
+    model = loaded(weights)
     matches = []
     for number in range(sets):
         secret = f"decoy {seed} {number}".encode().ljust(32, b"\0")
@@ -257,7 +257,7 @@ def forged(
     Returns:
         One row: the verdict, what it says of false claims, and ``wins``: whether a judge is led astray.
     """
-    model = load_classifier(weights)
+    model = loaded(weights)
     ask, classes, shape = _ask(model), model.num_classes, model.image_shape
     key, mode = folder / "key", "private"
     if forgery == "in advance":
@@ -320,7 +320,7 @@ def carried(
     surrogate = fit(line, line.datamodule)
     line.datamodule.setup("test")
     row = _measured(surrogate, line.datamodule)
-    row |= {f"victim_{name}": value for name, value in _measured(load_classifier(weights), line.datamodule).items()}
+    row |= {f"victim_{name}": value for name, value in _measured(loaded(weights), line.datamodule).items()}
     key = Path(weights).parent / "key"
     return [{**row, **(_verdict(key, _ask(surrogate)) if key.is_dir() else {})}]
 
@@ -438,16 +438,16 @@ def _labels_of(seed: bytes, n: int, classes: int) -> list[int]:
 
 def _like(model: ImageClassifier, labels: Sequence[int], seed: int, changed: bool) -> Images:
     """Images for which a model says what one likes: found, or made by its gradient."""
-    wanted = torch.tensor(labels)
+    wanted = torch.tensor(labels, device=model.device)
     secret = f"pool {seed}".encode().ljust(32, b"\0")
     if changed:
-        images = torch.from_numpy(derive.noise(secret, len(labels), model.image_shape)).float() / 255
+        images = torch.from_numpy(derive.noise(secret, len(labels), model.image_shape)).to(model.device).float() / 255
         for _ in range(200):
             images.requires_grad_(True)
             loss = F.cross_entropy(model(images), wanted)
             (slope,) = torch.autograd.grad(loss, images)
             images = (images.detach() - slope.sign() / 50).clamp(0, 1)
-        return (images * 255).round().to(torch.uint8).numpy()
+        return (images * 255).round().to(torch.uint8).cpu().numpy()
     pool = np.concatenate([derive.abstract(secret + bytes([part]), 500, model.image_shape) for part in range(20)])
     said = np.array(_ask(model)(pool))
     used: set[int] = set()

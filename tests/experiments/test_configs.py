@@ -25,7 +25,8 @@ ELSEWHERE = {
         "--data.backbone.pretrained=false", "--model.backbone.pretrained=false",
     ),
     **dict.fromkeys(
-        ("mixmatch_mnist", "mixmatch_cifar_cpu", "fixmatch_mnist", "fixmatch_cifar_cpu"), ("--data.budget=20",)
+        (f"{method}_{data}" for method in ("mixmatch", "fixmatch") for data in ("mnist", "cifar_cpu", "cifar")),
+        ("--data.budget=20",),
     ),
     "knockoff_noise_mnist": ("--data.budget=64",),
 }  # fmt: skip
