@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ def marked(
         configs: Of the marked model; the data are a `TriggerSet`.
         unmarked: Of the other.
         scheme: Which of the schemes; its name where there are none.
-        schemes: By name, keys that differ; ``source`` is where its triggers come from, ``configs`` those of a scheme
-            with a model of its own.
+        schemes: By name, keys that differ; ``source`` is where its triggers come from, ``n`` how many there are,
+            ``configs`` those of a scheme with a model of its own.
         overrides: Keys that differ, in both.
         source: Where triggers come from: ``abstract``, ``noise``, or ``images``, of the holdout.
         n: Triggers.
@@ -70,7 +71,7 @@ def marked(
         One row: accuracy of both, the triggers' and the verdict.
     """
     own = dict(_chosen(schemes, "scheme", scheme))
-    source, configs = own.pop("source", source), own.pop("configs", configs)
+    source, n, configs = own.pop("source", source), own.pop("n", n), own.pop("configs", configs)
     plain = start_config(unmarked, overrides, seed)
     _make_key(folder / "key", plain.datamodule, source, n)
     other = fit(plain, plain.datamodule)
@@ -161,7 +162,15 @@ def removed(
 
 
 def panel(
-    folder: Path, seed: int, *, weights: str, key_count: int = 20, source: str = "abstract", n: int = 100, **models: Any
+    folder: Path,
+    seed: int,
+    *,
+    weights: str,
+    data: str,
+    key_count: int = 20,
+    source: str = "abstract",
+    n: int = 100,
+    **models: Any,
 ) -> list[dict[str, Any]]:
     """Verify a model that was never marked with keys that have nothing to do with it: each must fail.
 
@@ -169,18 +178,19 @@ def panel(
         folder: Of the cell.
         seed: Of nothing.
         weights: Of the model.
+        data: A YAML of data, of whose holdout keys of images are made.
         key_count: How many keys.
-        source: ``abstract`` or ``noise``.
+        source: ``abstract``, ``noise`` or ``images``.
         n: Triggers of each.
         models: Grid values that have done their work.
 
     Returns:
         One row: of all keys, the most matches, the smallest p-value, and how many verified.
     """
-    model = loaded(weights)
+    model, task = loaded(weights), read_source(data)
     found = []
     for number in range(key_count):
-        keygen(folder / f"key{number}", classes=model.num_classes, shape=model.image_shape, n=n, source=source)
+        _make_key(folder / f"key{number}", task, source, n)
         found.append(_verdict(folder / f"key{number}", _ask(model)))
     mean = sum(each["matches"] for each in found) / key_count
     return [
@@ -335,7 +345,7 @@ def _chosen(named: Mapping[str, Mapping[str, Any] | None] | None, field: str, na
 
 
 def _make_key(folder: Path, data: ImageDataModule, source: str, n: int) -> None:
-    """A key for these data; if it is made of images, they are the holdout's, which no model is trained on."""
+    """A key for these data; if it is made of images, they are some of the holdout's, which no model is trained on."""
     classes, (channels, height, width) = data.num_classes, data.image_shape
     if folder.exists():  # a cell that was cut off begins anew
         for file in folder.iterdir():
@@ -347,7 +357,8 @@ def _make_key(folder: Path, data: ImageDataModule, source: str, n: int) -> None:
         held = data.val_set
         if len(held) < n:
             raise InputError(f"source = 'images': the holdout has {len(held)} images, and {n} triggers are wanted")
-        images, truths = held.images_at(torch.arange(n)).numpy(), held.labels[:n].tolist()
+        rows = torch.tensor(SystemRandom().sample(range(len(held)), n))  # a key depends on no seed
+        images, truths = held.images_at(rows).numpy(), held.labels[rows].tolist()
     shape = (channels, height, width)
     keygen(folder, classes=classes, shape=shape, n=n, source=source, images=images, truths=truths)
 

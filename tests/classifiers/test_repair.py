@@ -83,7 +83,7 @@ class Built(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 1, 2), classes: int = 2) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(4, eps=0)  # registered before the convolution that it follows
+        self.norm = nn.BatchNorm2d(4, eps=1e-12)  # registered before the convolution that it follows
         self.conv = nn.Conv2d(1, 4, 1)
         self.head = nn.Linear(4, classes)
         with torch.no_grad():

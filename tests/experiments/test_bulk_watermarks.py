@@ -68,7 +68,7 @@ def test_what_is_left_after_an_attack(cell: tuple[Path, dict[str, Any]], tmp_pat
 
 def test_keys_that_have_nothing_to_do_with_a_model_fail(cell: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     weights = str(cell[0] / "unmarked.safetensors")
-    (row,) = panel(tmp_path, 0, weights=weights, key_count=3, n=50)
+    (row,) = panel(tmp_path, 0, weights=weights, data="data/digits.yaml", key_count=3, n=50)
     assert (row["keys"], row["verified"]) == (3, 0)
     assert row["most_matches"] < 25
     rows = null(tmp_path, 0, weights=str(cell[0] / "weights.safetensors"), sets=10, draws=100, n=60)

@@ -28,7 +28,7 @@ ELSEWHERE = {
         (f"{method}_{data}" for method in ("mixmatch", "fixmatch") for data in ("mnist", "cifar_cpu", "cifar")),
         ("--data.budget=20",),
     ),
-    "knockoff_noise_mnist": ("--data.budget=64",),
+    **dict.fromkeys((f"knockoff_noise_{data}" for data in ("digits", "mnist", "cifar_cpu")), ("--data.budget=64",)),
 }  # fmt: skip
 """Options in the stead of data and weights that are not to be had here, and of budgets larger than the tiny sets."""
 SHAPES = {"digits": "1,8,8", "mnist": "1,28,28", "cifar": "3,32,32"}
