@@ -270,12 +270,12 @@ def check_transcript(args: list[str]) -> int:
     seen = transcript.read(_bytes("file", given["file"]), given["file"])
     result = transcript.judged(seen, by, what=given["file"])  # before anybody is asked
     again = "a transcript does not prove that the model gave these answers: ask it again with --model"
-    if "model" in given:
-        answers = _asked_again(seen, given["model"])
-        result = transcript.judged(seen, by, answers, given["file"])
-        differ = sum(now != then for now, then in zip(answers, seen.answers, strict=True))
-        again = f"asked again: {differ} of {len(answers)} answers differ; the verdict is about the new ones"
     with _new(given, "page", 0o644) as paper:
+        if "model" in given:
+            answers = _asked_again(seen, given["model"])
+            result = transcript.judged(seen, by, answers, given["file"])
+            differ = sum(now != then for now, then in zip(answers, seen.answers, strict=True))
+            again = f"asked again: {differ} of {len(answers)} answers differ; the verdict is about the new ones"
         print("\n".join([*_about_transcript(given["file"], seen, result, by), summary(result)]))
         print(f"  {_truths(seen.vk.parameters, False)}\n{again}")
         if paper is not None:

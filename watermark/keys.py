@@ -188,7 +188,7 @@ class VerificationKey:
         kinds: dict[str, type] = dict.fromkeys(("format", "beacon", "trigger_root", "root", "signature"), str)
         value = canonical.fields(canonical.decode(data, what, 2**16), what, {**kinds, "parameters": dict})
         if value["format"] != _VK_FORMAT:
-            raise InputError(f"{what}: format {value['format']!r} is not {_VK_FORMAT}")
+            raise InputError(f"{what}: its format is not {_VK_FORMAT}, which this release reads; make a new key")
         parameters = _parameters(value["parameters"], f"{what}: parameters")
         beacon = canonical.unhex(value["beacon"], f"{what}: beacon")
         if bool(beacon) != (parameters.labels_from == "beacon"):
@@ -396,7 +396,7 @@ class MarkingKey:
         value = canonical.decode(data, what)
         value = canonical.fields(value, what, {**texts, "parameters": dict, "truths": list})
         if value["format"] != _MK_FORMAT:
-            raise InputError(f"{what}: format {value['format']!r} is not {_MK_FORMAT}")
+            raise InputError(f"{what}: its format is not {_MK_FORMAT}, which this release reads; make a new key")
         try:
             given = base64.b64decode(value["images"], validate=True)
         except ValueError as error:
@@ -627,7 +627,9 @@ def finish(folder: str | Path, beacon: bytes) -> VerificationKey:
     vk = whole.verification_key()
     # vk comes last: whoever was cut off before it completes the key with the same beacon
     _replace(place / MK, whole._bytes(), 0o600)
-    _replace(place / BURNT, _record(vk.digest), 0o600)
+    if not (place / BURNT).exists():
+        _create(place / BURNT, _record(vk.digest), 0o600)
+    _recorded(place, vk)
     _create(place / VK, vk.to_bytes(), 0o644)
     return vk
 

@@ -83,9 +83,6 @@ def forged(
     return [{**row, **claimant.also}]
 
 
-forged.version = 2  # type: ignore[attr-defined]
-
-
 class _Claimant:
     """Who claims a model.
 
