@@ -324,12 +324,14 @@ def _asked_again(seen: Transcript, name: str) -> list[int]:
 def _about_transcript(file: str, seen: Transcript, result: Result, by: Judge) -> list[str]:
     """What it is that is judged, and whose choice each part of it was."""
     parameters = seen.vk.parameters
+    choices = result.grinding_log2 - parameters.grinding_log2
+    counts = f"; p × {_power(choices)}, since he could choose how many to open: give --count" if choices else ""
     lines = [
         f"{file}: whole; the owner {parameters.owner} saw these answers of {seen.model}, as he says on {seen.when}",
         f"key {seen.vk.digest}: {'the one that was given' if by.key else 'see that it is the one that was published'}",
         f"mode {seen.mode}, {len(seen.indices)} of {parameters.n} triggers opened, {len(seen.burnt)} called burnt",
         f"α = 2^-{result.alpha_log2}, {'yours' if by.alpha_log2 is not None else 'of the key'}; "
-        f"{_power(parameters.grinding_log2)} tried keys declared, p × {_power(result.grinding_log2)}",
+        f"{_power(parameters.grinding_log2)} tried keys declared{counts}",
     ]
     if seen.nonce:
         lines.insert(3, f"nonce {seen.nonce.hex()}: {'yours' if by.nonce else 'whose it is, is not known'}")
