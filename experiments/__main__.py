@@ -34,7 +34,8 @@ commands
   verify     is a model marked with a key? 0 owned, 1 not, 2 could not decide
                                  lightning verify --key keys/mine --model WEIGHTS|RUN|URL [--transcript FILE]
   check-transcript
-             check what a verification wrote, without torch and without the model
+             judge what a verification wrote, without torch and without the model: 0 owned, 1 not, 2 could not decide
+                                 lightning check-transcript FILE --key VK --nonce HEX [--begun FILE] [--model URL]
   list       every attack, defence, datamodule, backbone, trigger and config
 
 options

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that a config that is not there is told at on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,13 +76,17 @@ def value_of(rest: Iterator[str], key: str) -> str:
     return value
 
 
-def options(args: list[str], names: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str]:
+def options(
+    args: list[str], names: Sequence[str], flags: Sequence[str] = (), word: str = "", many: Mapping[str, list[str]] = {}
+) -> dict[str, str]:
     """Options of a command of ours.
 
     Args:
         args: As typed, after the command.
         names: Those with a value, such as ``--out``.
         flags: Those without.
+        word: What the one word that is no option is called; empty: there is none.
+        many: Options that may be given more than once; their values are appended here.
 
     Returns:
         By name, without the dashes; of a flag, an empty text.
@@ -98,8 +102,12 @@ def options(args: list[str], names: Sequence[str], flags: Sequence[str] = ()) ->
             found[key[2:]] = ""
         elif key in names:
             found[key[2:]] = value if equals else value_of(rest, key)
+        elif key in many:
+            many[key].append(value if equals else value_of(rest, key))
+        elif word and word not in found and not arg.startswith("--"):
+            found[word] = arg
         else:
-            raise InputError(f"{key}: there is no such option{did_you_mean(key, [*names, *flags])}")
+            raise InputError(f"{key}: there is no such option{did_you_mean(key, [*names, *flags, *many])}")
     return found
 
 

@@ -22,9 +22,23 @@ ACTIONS = {
 }
 """Commands that are not Lightning's own."""
 
+_DECIDE = ("verify", "check-transcript")
+"""Commands whose status 1 is a verdict: whatever goes wrong with them is 2."""
+
 
 def execute(args: list[str]) -> int:
     """Run a command; its exit status."""
+    if args[0] not in _DECIDE:
+        return _execute(args)
+    try:
+        return _execute(args)
+    except (Exception, SystemExit) as error:
+        why = "".join(each if each.isprintable() else " " for each in str(error))
+        print(f"lightning {args[0]}: could not be decided: {type(error).__name__}: {why}", file=sys.stderr)
+        return 2
+
+
+def _execute(args: list[str]) -> int:
     command = args[0]
     try:
         if command in COMMANDS:

@@ -6,25 +6,29 @@ every complaint.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from datamodules.errors import InputError, bad
-from datamodules.files import write_atomically
+from datamodules.files import unwritable
 from experiments.arguments import options, whole
 
 if TYPE_CHECKING:
-    from watermark.keys import VerificationKey
-    from watermark.transcript import Result
+    from experiments.suspects import Suspect
+    from watermark.keys import Parameters, VerificationKey
+    from watermark.transcript import Judge, Result, Transcript
 
 _KEYGEN = (
     "--out", "--classes", "--shape", "--n", "--source", "--images", "--reference", "--misses-allowed", "--alpha-log2",
-    "--grinding-log2", "--beacon",
+    "--grinding-log2", "--beacon", "--beacon-source", "--beacon-round",
 )  # fmt: skip
 _VERIFY = ("--key", "--model", "--reference", "--transcript", "--page", "--nonce", "--count")
+_CHECK = ("--key", "--nonce", "--count", "--begun", "--alpha-log2", "--model", "--page")
 
 
 def keygen(args: list[str]) -> int:
@@ -33,7 +37,8 @@ def keygen(args: list[str]) -> int:
     Args:
         args: ``keygen --out DIR --classes K --shape C,H,W [--n 100] [--source abstract|noise|images|overlay|unrelated]
             [--images FILE.npz|FOLDER] [--reference WEIGHTS] [--misses-allowed 10] [--alpha-log2 64]
-            [--grinding-log2 0] [--await-beacon]``; or ``keygen --out DIR --beacon HEX`` to complete one.
+            [--grinding-log2 0] [--await-beacon --beacon-source TEXT --beacon-round TEXT]``; or ``keygen --out DIR
+            --beacon HEX`` to complete one.
 
     Raises:
         InputError: If a value is wrong, or there is a key already.
@@ -44,6 +49,7 @@ def keygen(args: list[str]) -> int:
     out = given.get("out")
     if not out:
         raise InputError("out: name a folder: lightning keygen --out keys/mine --classes 10 --shape 3,32,32")
+    beacon_source, beacon_round = _beacon(given)
     if "beacon" in given:
         vk = keys.finish(out, canonical.unhex(given["beacon"], "beacon"))
         print(_about(vk, out))
@@ -65,10 +71,12 @@ def keygen(args: list[str]) -> int:
         from watermark import sources
 
         images, truths = sources.pick(Path(given["images"]), n, shape)
+        if source == "unrelated":  # classes of another task say nothing of this one
+            truths = None
         if source == "overlay":
             images = sources.overlay(images)
     if "reference" in given:
-        if images is None:
+        if images is None or source == "unrelated":
             raise bad("reference", given["reference"], f"no class is true of {source} triggers")
         from experiments.suspects import check_fit, suspect
 
@@ -85,16 +93,28 @@ def keygen(args: list[str]) -> int:
         images=images,
         truths=truths,
         reference=reference,
-        beacon_later="await-beacon" in given,
+        beacon_source=beacon_source,
+        beacon_round=beacon_round,
         **{name: value for name, value in more.items() if value is not None},  # type: ignore[arg-type]
     )
     if made is None:
         begun = Path(out) / keys.BEGUN
         print(f"begun: {out}\n  timestamp {begun} now, before the beacon is known; then: lightning keygen --out {out}")
-        print("  --beacon HEX, of a public number that came later (16 bytes or more)")
+        print(f"  --beacon HEX, which is round {beacon_round} of {beacon_source} (16 bytes or more)")
     else:
         print(_about(made, out))
     return 0
+
+
+def _beacon(given: dict[str, str]) -> tuple[str, str]:
+    """Source and round of the beacon that a key is to wait for; empty if it waits for none."""
+    source, number = given.get("beacon-source", ""), given.get("beacon-round", "")
+    if (bool(source), bool(number)) != ("await-beacon" in given,) * 2:
+        raise InputError(
+            'beacon-source, beacon-round: --await-beacon needs both: --beacon-source "drand quicknet" --beacon-round '
+            "123456, one that is not out yet"
+        )
+    return source, number
 
 
 def verify(args: list[str]) -> int:
@@ -111,13 +131,17 @@ def verify(args: list[str]) -> int:
         InputError: If a value is wrong, or the key is damaged; nothing was asked then.
     """
     from watermark import canonical, keys
+    from watermark.verify import run_of
     from watermark.verify import verify as verification
 
     given = options(args[1:], _VERIFY, ("--public", "--reveal", "--stop-early"))
     count = _check_verify(given)
+    nonce = canonical.unhex(given.get("nonce", ""), "nonce")
+    mode = "public" if "public" in given else "revealed" if "reveal" in given else "private"
     vk = keys.VerificationKey.read(given["key"])
     keys.MarkingKey.read(given["key"])
-    from experiments.suspects import check_budget, check_fit, suspect
+    left = vk.parameters.n - len(keys.burnt(given["key"]))
+    from experiments.suspects import check_fit, suspect
 
     model = suspect(given["model"])
     check_fit(model, vk.parameters.classes, vk.parameters.shape)
@@ -127,28 +151,82 @@ def verify(args: list[str]) -> int:
         if truth.name != vk.parameters.reference:
             raise bad("reference", given["reference"], "these are not the weights that the key names")
         reference = truth.ask
-    left = vk.parameters.n - len(keys.burnt(given["key"]))
-    check_budget(model, left if "public" not in given else (left // 2 if count is None else count))
-    found = verification(
-        given["key"],
-        model.ask,
-        model.name,
-        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        mode="public" if "public" in given else "revealed" if "reveal" in given else "private",
-        nonce=canonical.unhex(given.get("nonce", ""), "nonce"),
-        count=count,
-        remote=model.remote,
-        reference=reference,
-        stop_early="stop-early" in given,
-    )
-    if "transcript" in given:
-        _write_private(given["transcript"], found.transcript)
-    if "page" in given:
-        write_atomically(Path(given["page"]), page(vk, found.result, model.name).encode())
-    print(summary(found.result))
-    if "transcript" in given:
-        print(f"transcript: {given['transcript']} – it shows {found.result.scored} triggers to whoever reads it")
+    run = run_of(vk, model.name, mode, nonce, count)
+    _check_left(given, model, vk, run, count, left)
+    with _new(given, "transcript", 0o600) as written, _new(given, "page", 0o644) as paper:
+        found = verification(
+            given["key"],
+            model.under(run),
+            model.name,
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            mode=mode,
+            nonce=nonce,
+            count=count,
+            remote=model.remote,
+            reference=reference,
+            stop_early="stop-early" in given,
+            keep=None if written is None else lambda data: _put(written, data),
+        )
+        print(f"{mode}, key {vk.digest}")
+        print(summary(found.result))
+        print(f"  {_truths(vk.parameters, reference is not None)}")
+        if "stop-early" in given:
+            print("  asked one by one, by a test that may be stopped at any time")
+        if written is not None:
+            print(f"transcript: {given['transcript']} – it shows triggers to whoever reads it, and they are burnt")
+        if paper is not None:
+            _put(paper, page(vk, found.result, model.name, reference is not None).encode())
     return _code(found.result)
+
+
+def _check_left(
+    given: dict[str, str], model: Suspect, vk: VerificationKey, run: str, count: int | None, left: int
+) -> None:
+    """See that the suspect may be asked as much as needed; what was cut off has been charged, and is gone on with."""
+    from experiments.suspects import check_budget
+    from watermark import keys
+    from watermark.verify import least_queries
+
+    if keys.pending(given["key"], run) is not None:
+        return
+    wanted = left
+    if "public" in given:
+        wanted = left // 2 if count is None else count
+    elif "reveal" in given:
+        wanted = vk.parameters.n
+    elif "stop-early" in given:
+        wanted = min(left, least_queries(vk.parameters))
+    check_budget(model, wanted)
+
+
+@contextlib.contextmanager
+def _new(given: dict[str, str], field: str, mode: int) -> Iterator[BinaryIO | None]:
+    """A new file, opened before anything is asked or burnt; it is gone again if nothing was written into it."""
+    if field not in given:
+        yield None
+        return
+    path = Path(given[field])
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError as error:
+        raise bad(field, given[field], "there is such a file already, and it stays as it is") from error
+    except OSError as error:
+        raise bad(field, given[field], f"it cannot be written ({error.strerror}); choose another place") from error
+    with os.fdopen(descriptor, "wb") as file:
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
+
+
+def _put(file: BinaryIO, data: bytes) -> None:
+    try:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(Path(str(file.name)), error) from error
 
 
 def _check_verify(given: dict[str, str]) -> int | None:
@@ -166,56 +244,122 @@ def _check_verify(given: dict[str, str]) -> int | None:
     stop = "stop-early" in given
     if stop and ("public" in given or "reveal" in given or "transcript" in given):
         raise InputError("stop-early: it is for the owner alone, and makes no transcript")
-    for name in ("transcript", "page"):
-        if name in given and Path(given[name]).exists():
-            raise bad(name, given[name], "there is such a file already, and it stays as it is")
     return count
 
 
 def check_transcript(args: list[str]) -> int:
-    """Check a transcript, without torch and without the model.
+    """Check a transcript, without torch and, unless it is to be asked again, without the model.
 
     Args:
-        args: ``check-transcript FILE [--page FILE]``.
+        args: ``check-transcript FILE [--key VK|DIGEST] [--nonce HEX] [--count N] [--begun FILE] [--alpha-log2 64]
+            [--earlier FILE ...] [--model WEIGHTS|RUN|URL] [--page FILE]``: what the judge brings himself.
 
     Returns:
         0 owned, 1 not owned, 2 could not be decided.
 
     Raises:
-        InputError: If anything in it does not hold; it names what.
+        InputError: If anything in it does not hold, or it is not what the judge asked for; it names what.
     """
     from watermark import transcript
 
-    files = [arg for arg in args[1:] if not arg.startswith("--")][:1]
-    rest = list(args[1:])
-    if files:
-        rest.remove(files[0])
-    given = options(rest, ("--page",))
-    if not files:
+    earlier: dict[str, list[str]] = {"--earlier": []}
+    given = options(args[1:], _CHECK, word="file", many=earlier)
+    if "file" not in given:
         raise InputError("file: name a transcript: lightning check-transcript FILE")
-    try:
-        data = Path(files[0]).read_bytes()
-    except OSError as error:
-        raise bad("file", files[0], f"it cannot be read ({error.strerror})") from error
-    vk, result = transcript.check(data, files[0])
-    model = str(transcript.model_of(data))
-    if "page" in given:
-        write_atomically(Path(given["page"]), page(vk, result, model).encode())
-    print(f"{files[0]}: whole; the owner {vk.parameters.owner} saw these answers of {model}")
-    print(summary(result))
-    print("a transcript does not prove that the model gave these answers: ask it again")
+    by = _judge(given, earlier["--earlier"])
+    seen = transcript.read(_bytes("file", given["file"]), given["file"])
+    result = transcript.judged(seen, by, what=given["file"])  # before anybody is asked
+    again = "a transcript does not prove that the model gave these answers: ask it again with --model"
+    with _new(given, "page", 0o644) as paper:
+        if "model" in given:
+            answers = _asked_again(seen, given["model"])
+            result = transcript.judged(seen, by, answers, given["file"])
+            differ = sum(now != then for now, then in zip(answers, seen.answers, strict=True))
+            again = f"asked again: {differ} of {len(answers)} answers differ; the verdict is about the new ones"
+        print("\n".join([*_about_transcript(given["file"], seen, result, by), summary(result)]))
+        print(f"  {_truths(seen.vk.parameters, False)}\n{again}")
+        if paper is not None:
+            _put(paper, page(seen.vk, result, seen.model).encode())
     return _code(result)
+
+
+def _judge(given: dict[str, str], earlier: list[str]) -> Judge:
+    from watermark import canonical, keys, transcript
+
+    key = given.get("key", "")
+    if key and not (len(key) == 64 and set(key) <= set("0123456789abcdef")):
+        key = keys.VerificationKey.read(key).digest
+    nonce = canonical.unhex(given.get("nonce", ""), "nonce")
+    if "nonce" in given and len(nonce) < transcript.LEAST_NONCE:
+        raise bad(
+            "nonce", given["nonce"], f"{transcript.LEAST_NONCE} bytes or more are expected: the one that you gave"
+        )
+    alpha = whole(given, "alpha-log2")
+    if alpha is not None and not 1 <= alpha <= 1024:
+        raise bad("alpha-log2", alpha, "α = 2^−alpha-log2, from 1 to 1024; 64 is the default")
+    begun = _bytes("begun", given["begun"]) if "begun" in given else b""
+    before = tuple(_bytes("earlier", path) for path in earlier)
+    return transcript.Judge(key, nonce, whole(given, "count"), begun, alpha, before)
+
+
+def _bytes(field: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise bad(field, path, f"it cannot be read ({error.strerror})") from error
+
+
+def _asked_again(seen: Transcript, name: str) -> list[int]:
+    from experiments.suspects import check_budget, check_fit, suspect
+    from watermark.verify import checked
+
+    model = suspect(name)
+    if model.name != seen.model:
+        raise bad("model", name, f"it is {model.name}, and the transcript is about {seen.model}")
+    check_fit(model, seen.vk.parameters.classes, seen.vk.parameters.shape)
+    check_budget(model, len(seen.indices))
+    return checked(model.ask(seen.images()), len(seen.indices), seen.vk.parameters.classes)
+
+
+def _about_transcript(file: str, seen: Transcript, result: Result, by: Judge) -> list[str]:
+    """What it is that is judged, and whose choice each part of it was."""
+    parameters = seen.vk.parameters
+    choices = result.grinding_log2 - parameters.grinding_log2
+    counts = f"; p × {_power(choices)}, since he could choose how many to open: give --count" if choices else ""
+    lines = [
+        f"{file}: whole; the owner {parameters.owner} saw these answers of {seen.model}, as he says on {seen.when}",
+        f"key {seen.vk.digest}: {'the one that was given' if by.key else 'see that it is the one that was published'}",
+        f"mode {seen.mode}, {len(seen.indices)} of {parameters.n} triggers opened, {len(seen.burnt)} called burnt",
+        f"α = 2^-{result.alpha_log2}, {'yours' if by.alpha_log2 is not None else 'of the key'}; "
+        f"{_power(parameters.grinding_log2)} tried keys declared{counts}",
+    ]
+    if seen.nonce:
+        lines.insert(3, f"nonce {seen.nonce.hex()}: {'yours' if by.nonce else 'whose it is, is not known'}")
+    return lines
+
+
+def _truths(parameters: Parameters, checked: bool) -> str:
+    """The first step of the published procedure, and whether anybody took it: every label differs from f(t)."""
+    from watermark.keys import UNTRUE
+
+    if parameters.source in UNTRUE:
+        return f"truths: of {parameters.source} triggers no class is true"
+    if checked:
+        return f"truths: checked against {parameters.reference}"
+    return "truths: the owner's word; not checked against a classifier"
 
 
 def summary(result: Result) -> str:
     """A verdict for a person, in a few lines."""
     verdict = {True: "OWNED", False: "not owned", None: "could not be decided"}[result.owned]
-    needed = "anytime-valid test" if result.needed is None else f"{result.needed} are needed"
+    needed = "" if result.needed is None else f" ({result.needed} are needed)"
     lines = [
-        f"{verdict}: {result.matches} of {result.scored} triggers match ({needed}), p ≤ {_power(result.log2_p)}",
+        f"{verdict}: {result.matches} of {result.scored} triggers match{needed}, p ≤ {_power(result.log2_p)}",
         f"  the published rule (all but ε·n match): {'owned' if result.published else 'not owned'}",
         f"  {result.claims}",
     ]
+    if result.burnt:
+        lines.append(f"  {result.burnt} of them are called burnt, which nothing shows: they count as misses")
     if result.refused:
         lines.append(f"  {result.refused} triggers got no answer")
     if result.reason:
@@ -223,8 +367,8 @@ def summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def page(vk: VerificationKey, result: Result, model: str) -> str:
-    """A page for a person, in one file."""
+def page(vk: VerificationKey, result: Result, model: str, checked: bool = False) -> str:
+    """A page for a person, in one file; `checked`: whether true classes were checked against f."""
     from experiments.report.markup import tag
 
     verdict = {True: "owned", False: "not owned", None: "could not be decided"}[result.owned]
@@ -234,14 +378,16 @@ def page(vk: VerificationKey, result: Result, model: str) -> str:
         ("owner", parameters.owner),
         ("verification key", vk.digest),
         ("Merkle root of the commitments", vk.root),
-        ("triggers asked about", f"{result.scored} of {parameters.n}"),
+        ("triggers that count", f"{result.scored} of {parameters.n}"),
+        ("of these called burnt: misses", result.burnt),
         ("matches", result.matches),
         ("matches needed", "–" if result.needed is None else result.needed),
         ("p at most", _power(result.log2_p)),
-        ("α", f"2^-{parameters.alpha_log2}, {_power(parameters.grinding_log2)} tried keys allowed for"),
+        ("α", f"2^-{result.alpha_log2}; p × {_power(result.grinding_log2)} for what may have been tried"),
         ("without an answer", result.refused),
         ("published rule", "owned" if result.published else "not owned"),
         ("false claims", result.claims),
+        ("true classes", _truths(parameters, checked)),
     ]
     if result.reason:
         rows.append(("why not decided", result.reason))
@@ -282,12 +428,3 @@ def _shape(text: str) -> tuple[int, int, int]:
         raise bad("shape", text, "give channels, height and width: 3,32,32")
     channels, height, width = (int(part) for part in parts)
     return channels, height, width
-
-
-def _write_private(path: str, data: bytes) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        raise bad("transcript", path, f"it cannot be written ({error.strerror})") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)

@@ -127,7 +127,7 @@ class NoisePoison(Rewrite):
         seed: Of the surrogate, of the order of its batches and of the draw of the images.
 
     Raises:
-        InputError: If ε or the fraction is out of its range.
+        InputError: If ε or the fraction is out of its range, or the base holds secrets.
     """
 
     version = 1
@@ -140,6 +140,8 @@ class NoisePoison(Rewrite):
         if not isinstance(epsilon, int) or not 1 <= epsilon <= 127:
             raise bad("epsilon", epsilon, "give a whole number of grey levels, 1 to 127 (8 is the usual 8/255)")
         check_fraction("poison_fraction", poison_fraction)
+        if base.secret:
+            raise bad("base", type(base).__name__, "it holds secrets, and noise is kept in the store; put it outside")
         self.backbone, self.epsilon, self.poison_fraction, self.seed = backbone, epsilon, poison_fraction, seed
         self._chosen = torch.zeros(0, dtype=torch.int64)
         self._crafting: Facts = {}

@@ -16,6 +16,9 @@ Value = dict[str, Any] | list[Any] | str | int | bool
 LIMIT = 64 * 2**20
 """Bytes that are read at the most."""
 
+LINE = 300
+"""Characters of a text that is shown to a person."""
+
 
 def encode(value: Value) -> bytes:
     """The one encoding: keys sorted, no spaces, ASCII.
@@ -44,7 +47,8 @@ def decode(data: bytes, what: str, limit: int = LIMIT) -> Any:
         value = json.loads(data.decode("ascii"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_refuse)
         same = encode(value) == data
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{what}: it is damaged, or no such file ({' '.join(str(error).split())[:100]})") from error
+        # what stands in it may be secret: the complaint says nothing of it
+        raise InputError(f"{what}: it is damaged, or no such file ({type(error).__name__})") from None
     if not same:
         raise InputError(f"{what}: it is not in its canonical form, so somebody has changed it")
     return value
@@ -54,7 +58,7 @@ def fields(value: Any, what: str, kinds: dict[str, type]) -> dict[str, Any]:
     """A dictionary that has these fields, of these types, and no others.
 
     Raises:
-        InputError: If it has not; it names the field.
+        InputError: If it has not; it names the field that is missing or wrong.
     """
     if not isinstance(value, dict):
         raise InputError(f"{what}: fields are expected")
@@ -62,7 +66,7 @@ def fields(value: Any, what: str, kinds: dict[str, type]) -> dict[str, Any]:
         if name not in value:
             raise InputError(f"{what}: {name} is missing")
         if name not in kinds:
-            raise InputError(f"{what}: there is no field {name!r}")
+            raise InputError(f"{what}: it has a field that does not belong there")
         if type(value[name]) is not kinds[name]:
             raise InputError(f"{what}: {name} must be of type {kinds[name].__name__}")
     return value
@@ -86,6 +90,32 @@ def unhex(text: Any, what: str, size: int | None = None) -> bytes:
     return bytes.fromhex(text)
 
 
+def increasing(value: list[Any], below: int, what: str) -> list[int]:
+    """Different whole numbers from 0, below a bound, in increasing order.
+
+    Raises:
+        InputError: If they are something else.
+    """
+    if not all(type(index) is int and 0 <= index < below for index in value) or sorted(set(value)) != value:
+        raise InputError(f"{what}: increasing numbers below {below} are expected")
+    return value
+
+
+def line(text: Any, what: str) -> str:
+    """A short text that a terminal shows as it is: printable ASCII, so that nothing in it passes for a line of ours.
+
+    Args:
+        text: The text.
+        what: Its name, for the complaint.
+
+    Raises:
+        InputError: If it is longer than `LINE`, or has other characters.
+    """
+    if not isinstance(text, str) or len(text) > LINE or not (text.isascii() and (text.isprintable() or not text)):
+        raise InputError(f"{what}: {LINE} printable ASCII characters at the most are expected")
+    return text
+
+
 def _check(value: object) -> None:
     if isinstance(value, dict):
         for key, part in value.items():
@@ -107,4 +137,4 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(text: str) -> Any:
-    raise ValueError(f"{text}: only whole numbers are expected")
+    raise ValueError("only whole numbers are expected")

@@ -19,7 +19,7 @@ from typing import Literal
 Role = Literal["trigger", "label"]
 
 TAG = b"pharmakon/watermark/commitment"
-VERSION = 1
+VERSION = 2
 SIZE = 32
 """Bytes of a commitment, of r, and of a key's id."""
 
@@ -34,7 +34,7 @@ def commit(r: bytes, key_id: bytes, index: int, role: Role, payload: bytes) -> b
         key_id: 32 bytes: a hash of all parameters of the key.
         index: Of the trigger, from 0.
         role: What the payload is.
-        payload: `image_payload` or `label_payload`.
+        payload: `trigger_payload` or `label_payload`.
 
     Returns:
         32 bytes.
@@ -55,12 +55,16 @@ def opens(commitment: bytes, r: bytes, key_id: bytes, index: int, role: Role, pa
     return len(r) == SIZE and hmac.compare_digest(commitment, commit(r, key_id, index, role, payload))
 
 
-def image_payload(pixels: bytes, shape: tuple[int, int, int]) -> bytes:
-    """An image as it is stored, before any normalisation.
+def trigger_payload(pixels: bytes, shape: tuple[int, int, int], truth: int) -> bytes:
+    """An image as it is stored, before any normalisation, and the class that the owner says is true.
+
+    The class stands beside the image, and not beside the label: a label that is drawn later is drawn among the classes
+    that are not true, so whoever could still choose the truth could choose among several labels.
 
     Args:
         pixels: C·H·W bytes, channel by channel, row by row.
         shape: (C, H, W).
+        truth: f(t), or −1 where no class is true, which stands as all ones.
 
     Raises:
         ValueError: If their number is another.
@@ -68,14 +72,10 @@ def image_payload(pixels: bytes, shape: tuple[int, int, int]) -> bytes:
     channels, height, width = shape
     if len(pixels) != channels * height * width:
         raise ValueError(f"{len(pixels)} pixels for an image of {shape}")
-    return b"uint8 CHW" + b"".join(size.to_bytes(4, "big") for size in shape) + pixels
+    sizes = b"".join(size.to_bytes(4, "big") for size in shape)
+    return b"uint8 CHW" + sizes + truth.to_bytes(4, "big", signed=True) + pixels
 
 
-def label_payload(label: int, truth: int) -> bytes:
-    """A label, and the class that the owner says is true: four bytes each, big-endian.
-
-    Args:
-        label: Of the trigger.
-        truth: f(t), or −1 where no class is true, which stands as all ones.
-    """
-    return label.to_bytes(4, "big") + truth.to_bytes(4, "big", signed=True)
+def label_payload(label: int) -> bytes:
+    """A label: four bytes, big-endian."""
+    return label.to_bytes(4, "big")

@@ -70,13 +70,13 @@ def nonces(seed: bytes, n: int) -> list[bytes]:
     return [hmac.digest(seed, _TAG + b"nonce" + index.to_bytes(4, "big"), "sha256") for index in range(2 * n)]
 
 
-def sample(secret: bytes, count: int, total: int) -> list[int]:
-    """`count` different numbers below `total`, in increasing order: a challenge."""
+def order(secret: bytes, total: int) -> list[int]:
+    """The numbers below `total` in an order that the secret alone decides: a challenge."""
     places = list(range(total))
-    for at in range(count):
+    for at in range(total - 1):
         other = at + next(_below(total - at, secret, at))
         places[at], places[other] = places[other], places[at]
-    return sorted(places[:count])
+    return places
 
 
 def _below(bound: int, secret: bytes, index: int) -> Iterator[int]:

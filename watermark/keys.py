@@ -9,7 +9,8 @@ another one; and what a judge is shown is bound to the owner and to every parame
 
 Deviations: vk is one signed Merkle root over the 2n commitments, which can be published and timestamped. Triggers,
 labels and openings are derived from one secret seed; they can be shown to be so by revealing it. Labels may come from a
-public beacon that is later than the commitment to the triggers: then nobody could choose them.
+public beacon that is later than the commitment to the triggers and to what is true of them: then nobody could choose
+them. Which beacon, and which round of it, is committed to as well: among all public numbers one is to one's liking.
 
 mk.json and vk.json hold canonical JSON. mk.json is for its owner's eyes alone; nothing here ever prints what it holds.
 """
@@ -18,33 +19,38 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from datamodules.errors import InputError, bad
 from watermark import canonical, derive, merkle, signatures
-from watermark.commitments import commit, image_payload, label_payload
+from watermark.commitments import commit, label_payload, trigger_payload
 
 SOURCES = ("abstract", "noise", "images", "overlay", "unrelated")
 """Where triggers come from; the first two are derived from the seed."""
 DERIVED = ("abstract", "noise")
+UNTRUE = (*DERIVED, "unrelated")
+"""Sources of which no class is true; of any other image one class is, and a key says which."""
 
 PREPROCESSING = "uint8 CHW as stored; the model normalises"
 
 MK, VK, BEGUN, BURNT = "mk.json", "vk.json", "begun.json", "burnt.json"
 
 _MOST_TRIGGERS, _MOST_PIXELS = 4096, 2**25
-_MK_FORMAT, _VK_FORMAT, _BURNT_FORMAT = "pharmakon-mk-1", "pharmakon-vk-1", "pharmakon-burnt-1"
+_MK_FORMAT, _VK_FORMAT, _BURNT_FORMAT = "pharmakon-mk-2", "pharmakon-vk-2", "pharmakon-burnt-2"
+_BEGUN_FORMAT = "pharmakon-begun-2"
 _TRIGGERS_TAG, _VK_TAG = "triggers", "verification key"
 
 
@@ -64,6 +70,8 @@ class Parameters:
         alpha_log2: α = 2^−alpha_log2: the significance that is asked for.
         grinding_log2: g: the owner may have tried 2^g seeds; it multiplies every p-value.
         labels_from: ``seed``, or ``beacon``: a public number that is later than the commitment to the triggers.
+        beacon_source: Which public beacon that is; empty without one.
+        beacon_round: Which of its numbers.
         preprocessing: What a model gets.
     """
 
@@ -78,6 +86,8 @@ class Parameters:
     alpha_log2: int = 64
     grinding_log2: int = 0
     labels_from: str = "seed"
+    beacon_source: str = ""
+    beacon_round: str = ""
     preprocessing: str = PREPROCESSING
 
     def __post_init__(self) -> None:
@@ -105,8 +115,16 @@ class Parameters:
             raise bad("grinding_log2", self.grinding_log2, "2^g seeds tried: g is from 0 to 256")
         if self.labels_from not in ("seed", "beacon"):
             raise bad("labels_from", self.labels_from, "choose seed or beacon")
+        self._check_named()
         if self.preprocessing != PREPROCESSING:
             raise bad("preprocessing", self.preprocessing, f"this release knows: {PREPROCESSING}")
+
+    def _check_named(self) -> None:
+        for name in ("beacon_source", "beacon_round"):
+            value = getattr(self, name)
+            if bool(value) != (self.labels_from == "beacon"):
+                raise bad(name, value, "name the beacon's source and round where labels come from one, and only there")
+            canonical.line(value, name)
 
     def plain(self) -> dict[str, Any]:
         """Itself as plain values."""
@@ -120,7 +138,8 @@ class Parameters:
 
 _PARAMETER_KINDS: dict[str, type] = {
     "owner": str, "n": int, "classes": int, "shape": list, "source": str, "generator": int, "reference": str,
-    "misses_allowed": int, "alpha_log2": int, "grinding_log2": int, "labels_from": str, "preprocessing": str,
+    "misses_allowed": int, "alpha_log2": int, "grinding_log2": int, "labels_from": str, "beacon_source": str,
+    "beacon_round": str, "preprocessing": str,
 }  # fmt: skip
 
 
@@ -139,7 +158,7 @@ class VerificationKey:
     Attributes:
         parameters: What all is bound to.
         beacon: Hexadecimal digits of the beacon that labels come from; empty without one.
-        trigger_root: Merkle root over the n commitments to triggers: 64 hexadecimal digits.
+        trigger_root: Merkle root over the n commitments to triggers and their true classes: 64 hexadecimal digits.
         root: Merkle root over all 2n commitments, those of the triggers first.
         signature: Of the owner, over all of it.
     """
@@ -169,7 +188,7 @@ class VerificationKey:
         kinds: dict[str, type] = dict.fromkeys(("format", "beacon", "trigger_root", "root", "signature"), str)
         value = canonical.fields(canonical.decode(data, what, 2**16), what, {**kinds, "parameters": dict})
         if value["format"] != _VK_FORMAT:
-            raise InputError(f"{what}: format {value['format']!r} is not {_VK_FORMAT}")
+            raise InputError(f"{what}: its format is not {_VK_FORMAT}, which this release reads; make a new key")
         parameters = _parameters(value["parameters"], f"{what}: parameters")
         beacon = canonical.unhex(value["beacon"], f"{what}: beacon")
         if bool(beacon) != (parameters.labels_from == "beacon"):
@@ -230,12 +249,17 @@ class MarkingKey:
             raise InputError("mk: the seed and the signing secret have 32 bytes each")
         if len(self.truths) != n or not all(type(truth) is int and -1 <= truth < classes for truth in self.truths):
             raise InputError(f"mk: truths: one class below {classes}, or -1, is expected for each of {n} triggers")
-        if parameters.source in DERIVED and (pixels or set(self.truths) != {-1}):
-            raise InputError(f"mk: {parameters.source} triggers are derived from the seed, and have no true class")
+        if parameters.source in DERIVED and pixels:
+            raise InputError(f"mk: {parameters.source} triggers are derived from the seed, and there are images")
+        if parameters.source in UNTRUE and set(self.truths) != {-1}:
+            raise InputError(f"mk: {parameters.source} triggers have no true class: truths must be -1")
+        if parameters.source not in UNTRUE and -1 in self.truths:
+            raise InputError(
+                f"mk: truths: {parameters.source} triggers have a true class each: give y in the file, or --reference; "
+                "of images of another task none is true: --source unrelated"
+            )
         if parameters.source not in DERIVED and len(pixels) != n * int(np.prod(parameters.shape)):
             raise InputError(f"mk: images: {n} images of {parameters.shape} are expected")
-        if classes == 2 and -1 in self.truths and parameters.source not in DERIVED:
-            raise InputError("mk: of two classes one must be true of each image; give truths")
         if signatures.public(self._signing).hex() != parameters.owner:
             raise InputError("mk: the signing secret is not the owner's")
 
@@ -279,8 +303,7 @@ class MarkingKey:
         parameters = self.parameters
         if parameters.source not in DERIVED:
             return np.frombuffer(self._given, np.uint8).reshape(parameters.n, *parameters.shape).copy()
-        make = {"abstract": derive.abstract, "noise": derive.noise}[parameters.source]
-        return make(self._seed, parameters.n, parameters.shape)
+        return _derived(parameters, self._seed)
 
     def labels(self) -> list[int]:
         """Their labels, wrong ones: n numbers."""
@@ -293,7 +316,7 @@ class MarkingKey:
             InputError: If labels come from a beacon, and there is none yet.
         """
         if self.parameters.labels_from == "seed":
-            return hashlib.sha256(b"pharmakon/watermark/labels\x00" + self._seed).digest()
+            return seed_secret(self._seed)
         if not self.beacon:
             raise InputError("mk: its labels wait for a beacon: lightning keygen --out DIR --beacon HEX")
         return beacon_secret(bytes.fromhex(self.beacon), merkle.root(self._trigger_leaves))
@@ -304,22 +327,11 @@ class MarkingKey:
 
     def leaves(self) -> list[bytes]:
         """The 2n commitments, those of the triggers first."""
-        n, key_id = self.parameters.n, self.parameters.key_id
-        drawn = zip(self.nonces()[n:], self.labels(), self.truths, strict=True)
-        made = [
-            commit(r, key_id, index, "label", label_payload(label, truth))
-            for index, (r, label, truth) in enumerate(drawn)
-        ]
-        return [*self._trigger_leaves, *made]
+        return [*self._trigger_leaves, *_commit_labels(self.parameters, self.nonces(), self.labels())]
 
     @cached_property
     def _trigger_leaves(self) -> list[bytes]:
-        parameters = self.parameters
-        drawn = zip(range(parameters.n), self.nonces(), self.images(), strict=False)
-        return [
-            commit(r, parameters.key_id, index, "trigger", image_payload(image.tobytes(), parameters.shape))
-            for index, r, image in drawn
-        ]
+        return _commit_triggers(self.parameters, self.nonces(), self.images(), self.truths)
 
     def sign(self, purpose: str, message: bytes) -> bytes:
         """The owner's signature of a message, for one purpose: 64 bytes."""
@@ -345,7 +357,8 @@ class MarkingKey:
 
     def _begun(self) -> bytes:
         """What is published, and timestamped, before the beacon is known."""
-        value = {"parameters": self.parameters.plain(), "trigger_root": merkle.root(self._trigger_leaves).hex()}
+        root = merkle.root(self._trigger_leaves).hex()
+        value = {"format": _BEGUN_FORMAT, "parameters": self.parameters.plain(), "trigger_root": root}
         signature = signatures.sign(self._signing, _TRIGGERS_TAG, canonical.encode(value))
         return canonical.encode({**value, "signature": signature.hex()})
 
@@ -383,7 +396,7 @@ class MarkingKey:
         value = canonical.decode(data, what)
         value = canonical.fields(value, what, {**texts, "parameters": dict, "truths": list})
         if value["format"] != _MK_FORMAT:
-            raise InputError(f"{what}: format {value['format']!r} is not {_MK_FORMAT}")
+            raise InputError(f"{what}: its format is not {_MK_FORMAT}, which this release reads; make a new key")
         try:
             given = base64.b64decode(value["images"], validate=True)
         except ValueError as error:
@@ -398,6 +411,93 @@ class MarkingKey:
             return cls(parameters, tuple(value["truths"]), value["beacon"], seed, signing, given)
         except InputError as error:
             raise InputError(f"{what}: {error}") from error
+
+
+def _derived(parameters: Parameters, seed: bytes) -> derive.Images:
+    make = {"abstract": derive.abstract, "noise": derive.noise}[parameters.source]
+    return make(seed, parameters.n, parameters.shape)
+
+
+def _commit_triggers(
+    parameters: Parameters, nonces: Sequence[bytes], images: derive.Images, truths: Sequence[int]
+) -> list[bytes]:
+    """Commitments to the triggers; of the 2n nonces theirs come first."""
+    return [
+        commit(r, parameters.key_id, index, "trigger", trigger_payload(image.tobytes(), parameters.shape, truth))
+        for index, r, image, truth in zip(range(parameters.n), nonces, images, truths, strict=False)
+    ]
+
+
+def _commit_labels(parameters: Parameters, nonces: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
+    """Commitments to the labels; of the 2n nonces theirs come last."""
+    return [
+        commit(r, parameters.key_id, index, "label", label_payload(label))
+        for index, r, label in zip(range(parameters.n), nonces[parameters.n :], labels, strict=True)
+    ]
+
+
+def roots(parameters: Parameters, seed: bytes, beacon: bytes) -> tuple[str, str]:
+    """Both roots of a key whose triggers are derived, from its seed alone: of the triggers, and of all.
+
+    Args:
+        parameters: Of the key; its source is one of `DERIVED`.
+        seed: 32 bytes.
+        beacon: Where labels come from one.
+    """
+    nonces, truths = derive.nonces(seed, parameters.n), [-1] * parameters.n
+    triggers = _commit_triggers(parameters, nonces, _derived(parameters, seed), truths)
+    top = merkle.root(triggers)
+    secret = seed_secret(seed) if parameters.labels_from == "seed" else beacon_secret(beacon, top)
+    labels = derive.labels(secret, truths, parameters.classes)
+    return top.hex(), merkle.root([*triggers, *_commit_labels(parameters, nonces, labels)]).hex()
+
+
+def seed_secret(seed: bytes) -> bytes:
+    """What labels are drawn from where they come from the seed."""
+    return hashlib.sha256(b"pharmakon/watermark/labels\x00" + seed).digest()
+
+
+def check_begun(data: bytes, vk: VerificationKey, what: str = BEGUN) -> str:
+    """See that a begun.json is what a verification key was begun with.
+
+    Args:
+        data: Its bytes.
+        vk: The key, complete.
+        what: Its name, for complaints.
+
+    Returns:
+        SHA-256 of it: what a timestamp is about.
+
+    Raises:
+        InputError: If it is another key's, or was changed.
+    """
+    kinds: dict[str, type] = {"format": str, "parameters": dict, "trigger_root": str, "signature": str}
+    value = canonical.fields(canonical.decode(data, what, 2**16), what, kinds)
+    if value["format"] != _BEGUN_FORMAT:
+        raise InputError(f"{what}: its format is not {_BEGUN_FORMAT}")
+    if _parameters(value["parameters"], f"{what}: parameters") != vk.parameters:
+        raise InputError(f"{what}: it is of a key with other parameters")
+    if value["trigger_root"] != vk.trigger_root:
+        raise InputError(f"{what}: it commits to other triggers than the verification key")
+    signature = canonical.unhex(value["signature"], f"{what}: signature", signatures.SIGNATURE)
+    unsigned = canonical.encode({name: part for name, part in value.items() if name != "signature"})
+    if not signatures.check(bytes.fromhex(vk.parameters.owner), signature, _TRIGGERS_TAG, unsigned):
+        raise InputError(f"{what}: the signature is not the owner's: it was changed")
+    return hashlib.sha256(data).hexdigest()
+
+
+def begun(folder: str | Path, vk: VerificationKey) -> bytes | None:
+    """The content of a key's begun.json; None where its labels come from the seed, or the file is not there.
+
+    Raises:
+        InputError: If it is another key's.
+    """
+    file = Path(folder) / BEGUN
+    if vk.parameters.labels_from != "beacon" or not file.is_file():
+        return None
+    data = file.read_bytes()
+    check_begun(data, vk, str(file))
+    return data
 
 
 def beacon_secret(beacon: bytes, trigger_root: bytes) -> bytes:
@@ -418,25 +518,28 @@ def keygen(
     misses_allowed: int | None = None,
     alpha_log2: int = 64,
     grinding_log2: int = 0,
-    beacon_later: bool = False,
+    beacon_source: str = "",
+    beacon_round: str = "",
     seed: bytes | None = None,
 ) -> VerificationKey | None:
     """Make a key, in a folder of its own.
 
     Args:
-        out: The folder: it gets mk.json, for the owner alone, and vk.json.
+        out: The folder, new or empty: it gets mk.json, for the owner alone, burnt.json, and vk.json. It is there with
+            all of them, or not at all.
         classes: K.
         shape: (C, H, W).
         n: Triggers.
         source: One of `SOURCES`.
         images: uint8 (n, C, H, W) where the source is not derived from the seed.
-        truths: f(t) of each of the images; None: no class is true.
+        truths: f(t) of each of the images; None where no class is true: for sources in `UNTRUE`.
         reference: SHA-256 of the weights of f; ``none``.
         misses_allowed: ε·n; None: a tenth of n.
         alpha_log2: See `Parameters`.
         grinding_log2: See `Parameters`.
-        beacon_later: Whether labels come from a beacon: only the triggers are committed to now, in begun.json, which is
-            to be timestamped; `finish` makes the rest.
+        beacon_source: The public beacon that labels are to come from; empty: they come from the seed. With one, only
+            the triggers are committed to now, in begun.json, which is to be timestamped; `finish` makes the rest.
+        beacon_round: Which of its numbers: one that is not out yet.
         seed: 32 bytes that are known; for published test vectors alone. None: drawn from the system's randomness.
 
     Returns:
@@ -459,7 +562,9 @@ def keygen(
         misses_allowed=n // 10 if misses_allowed is None else misses_allowed,
         alpha_log2=alpha_log2,
         grinding_log2=grinding_log2,
-        labels_from="beacon" if beacon_later else "seed",
+        labels_from="beacon" if beacon_source or beacon_round else "seed",
+        beacon_source=beacon_source,
+        beacon_round=beacon_round,
     )
     if (images is not None) == (source in DERIVED):
         raise bad("images", "given" if images is not None else "none", f"source {source} is about its own images")
@@ -474,18 +579,21 @@ def keygen(
         b"" if images is None else images.tobytes(),
     )
     vk = None
-    if not beacon_later:
+    if parameters.labels_from == "seed":
         vk = key.verification_key()
         key.check(vk)
     elif len({image.tobytes() for image in key.images()}) != n:
         raise InputError("mk: two triggers are the same image; take other ones")
+    if vk is None:
+        files = {MK: (key._bytes(), 0o600), BEGUN: (key._begun(), 0o644)}
+    else:
+        files = {MK: (key._bytes(), 0o600), BURNT: (_record(vk.digest), 0o600), VK: (vk.to_bytes(), 0o644)}
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _create(folder / MK, key._bytes(), 0o600)
-        _create(folder / (BEGUN if vk is None else VK), key._begun() if vk is None else vk.to_bytes(), 0o644)
-    except FileExistsError as error:
-        raise bad("out", str(out), "there is a key already, and it stays as it is; choose another folder") from error
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _create_folder(folder, files)
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise bad("out", str(out), "it is not empty, and stays as it is; choose another folder") from error
         raise bad("out", str(out), f"cannot be written ({error.strerror}); choose another folder") from error
     return vk
 
@@ -495,10 +603,11 @@ def finish(folder: str | Path, beacon: bytes) -> VerificationKey:
 
     Args:
         folder: Of a key that `keygen` began.
-        beacon: 16 bytes or more that became public after begun.json was timestamped.
+        beacon: 16 bytes or more that became public after begun.json was timestamped: the number that the parameters
+            name.
 
     Raises:
-        InputError: If there is no such key, it is complete already, or the beacon is too short.
+        InputError: If there is no such key, it is complete already or has another beacon, or the beacon is too short.
     """
     place = Path(folder)
     key = MarkingKey._load(place)
@@ -506,7 +615,7 @@ def finish(folder: str | Path, beacon: bytes) -> VerificationKey:
         raise bad("beacon", beacon.hex(), "the labels of this key come from its seed")
     if len(beacon) < 16:
         raise bad("beacon", beacon.hex(), "16 bytes or more are expected")
-    if key.beacon or (place / VK).exists():
+    if (place / VK).exists() or key.beacon not in ("", beacon.hex()):
         raise bad("beacon", beacon.hex(), "this key is complete, and stays as it is")
     try:
         begun = (place / BEGUN).read_bytes()
@@ -516,42 +625,119 @@ def finish(folder: str | Path, beacon: bytes) -> VerificationKey:
         raise InputError(f"{place / BEGUN}: it does not commit to the triggers of this key")
     whole = MarkingKey(key.parameters, key.truths, beacon.hex(), key._seed, key._signing, key._given)
     vk = whole.verification_key()
+    # vk comes last: whoever was cut off before it completes the key with the same beacon
     _replace(place / MK, whole._bytes(), 0o600)
+    if not (place / BURNT).exists():
+        _create(place / BURNT, _record(vk.digest), 0o600)
+    _recorded(place, vk)
     _create(place / VK, vk.to_bytes(), 0o644)
     return vk
+
+
+class Taken(NamedTuple):
+    """Triggers that a verification took for itself.
+
+    Attributes:
+        before: Those that were burnt before it.
+        indices: Its own, burnt from now on.
+    """
+
+    before: frozenset[int]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class _Burnt:
+    """What burnt.json records: what is burnt, and the verifications that were begun and have no answers yet."""
+
+    indices: frozenset[int] = frozenset()
+    pending: Mapping[str, Taken] = field(default_factory=dict)
 
 
 def burnt(folder: str | Path) -> frozenset[int]:
     """The triggers that others have seen; they count in no later p-value.
 
     Raises:
-        InputError: If their record is damaged.
-    """
-    file = Path(folder) / BURNT
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        return frozenset()
-    value = canonical.fields(canonical.decode(data, str(file)), str(file), {"format": str, "burnt": list})
-    indices = value["burnt"]
-    increasing = all(type(index) is int and index >= 0 for index in indices) and sorted(set(indices)) == indices
-    if value["format"] != _BURNT_FORMAT or not increasing:
-        raise InputError(f"{file}: it is damaged; restore it, or consider every trigger burnt")
-    return frozenset(indices)
-
-
-def burn(folder: str | Path, indices: Sequence[int]) -> frozenset[int]:
-    """Record triggers as burnt, before they are shown to anybody; the record only grows.
-
-    Returns:
-        All that are burnt.
+        InputError: If their record is missing, damaged or another key's: then nobody knows.
     """
     place = Path(folder)
+    return _recorded(place, VerificationKey.read(place)).indices
+
+
+def take(folder: str | Path, choose: Callable[[frozenset[int]], Sequence[int]], run: str = "") -> Taken:
+    """Choose triggers and record them as burnt, before they are shown to anybody; the record only grows.
+
+    To read the record, to choose and to write happen under one lock: two verifications at once never share a trigger,
+    unless both choose burnt ones.
+
+    Args:
+        folder: Of the key.
+        choose: Those that are burnt → those to burn. It may raise; nothing is burnt then.
+        run: What names a verification that may be cut off: asked for again before `finished`, it gets what it got.
+            Empty: it cannot be gone on with.
+
+    Raises:
+        InputError: If the record is missing or damaged.
+    """
+    place = Path(folder)
+    vk = VerificationKey.read(place)
     with _locked(place):
-        all_of_them = burnt(place) | {int(index) for index in indices}
-        value = {"format": _BURNT_FORMAT, "burnt": sorted(all_of_them)}
-        _replace(place / BURNT, canonical.encode(value), 0o600)
-    return frozenset(all_of_them)
+        record = _recorded(place, vk)
+        if run in record.pending:
+            return record.pending[run]
+        taken = Taken(record.indices, [int(index) for index in choose(record.indices)])
+        pending = {**record.pending, **({run: taken} if run else {})}
+        _replace(place / BURNT, _record(vk.digest, record.indices | set(taken.indices), pending), 0o600)
+    return taken
+
+
+def pending(folder: str | Path, run: str) -> Taken | None:
+    """What a verification took that was cut off; None: there is no such."""
+    place = Path(folder)
+    return _recorded(place, VerificationKey.read(place)).pending.get(run)
+
+
+def finished(folder: str | Path, run: str) -> None:
+    """Record that a verification has its answers: it will not be gone on with."""
+    place = Path(folder)
+    vk = VerificationKey.read(place)
+    with _locked(place):
+        record = _recorded(place, vk)
+        if run in record.pending:
+            pending = {name: taken for name, taken in record.pending.items() if name != run}
+            _replace(place / BURNT, _record(vk.digest, record.indices, pending), 0o600)
+
+
+def _record(digest: str, indices: Collection[int] = (), pending: Mapping[str, Taken] | None = None) -> bytes:
+    """The content of burnt.json."""
+    begun = [
+        {"run": run, "before": sorted(taken.before), "indices": sorted(taken.indices)}
+        for run, taken in sorted((pending or {}).items())
+    ]
+    return canonical.encode({"format": _BURNT_FORMAT, "vk": digest, "burnt": sorted(indices), "pending": begun})
+
+
+def _recorded(place: Path, vk: VerificationKey) -> _Burnt:
+    file, n = place / BURNT, vk.parameters.n
+    remedy = "restore it; without it nobody knows which triggers still count"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: it cannot be read ({error.strerror}): {remedy}") from error
+    try:
+        kinds: dict[str, type] = {"format": str, "vk": str, "burnt": list, "pending": list}
+        value = canonical.fields(canonical.decode(data, str(file)), str(file), kinds)
+        if value["format"] != _BURNT_FORMAT or value["vk"] != vk.digest:
+            raise InputError(f"{file}: it is of another key, or of another version")
+        pending = {}
+        for each in value["pending"]:
+            given = canonical.fields(each, f"{file}: pending", {"run": str, "before": list, "indices": list})
+            before = canonical.increasing(given["before"], n, f"{file}: before")
+            indices = canonical.increasing(given["indices"], n, f"{file}: indices")
+            pending[given["run"]] = Taken(frozenset(before), indices)
+        return _Burnt(frozenset(canonical.increasing(value["burnt"], n, f"{file}: burnt")), pending)
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -572,6 +758,20 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     finally:
         os.unlink(partial)
     _sync(path.parent)
+
+
+def _create_folder(folder: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
+    """A new folder with these files, whole or absent; `OSError` if there is one with something in it."""
+    partial = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.part"
+    partial.mkdir(mode=0o700)
+    try:
+        for name, (data, mode) in files.items():
+            _create(partial / name, data, mode)
+        os.rename(partial, folder)  # of a folder: it replaces an empty one, and nothing else
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(folder.parent)
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:

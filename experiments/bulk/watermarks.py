@@ -1,4 +1,4 @@
-"""The stages of the watermark studies: marked models, what removes a mark, what forges one, and what inherits one.
+"""The stages of the watermark studies: marked models, what removes a mark, and what inherits one.
 
 A cell's keys are made in its folder, for the owner alone, as `lightning keygen` makes them: no two cells share one, and
 none depends on a seed, so that a p-value means what it says. Results of two runs of a study therefore differ a little.
@@ -7,7 +7,6 @@ none depends on a seed, so that a p-value means what it says. Results of two run
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,12 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from classifiers.backbones.backbone import last_layer
 from classifiers.classifier import ImageClassifier
 from classifiers.repair.smoothing import median
-from classifiers.weights import content_hash, load_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad, did_you_mean
 from datamodules.imageset import ImageSet
@@ -31,7 +28,7 @@ from datamodules.measures import Hits, wilson
 from datamodules.random import generator
 from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit, loaded, start_config
-from watermark import derive, keys, transcript
+from watermark import derive
 from watermark.derive import Images
 from watermark.keys import MarkingKey, keygen
 from watermark.statistics import rank, tail
@@ -90,8 +87,8 @@ def marked(
             "unmarked_accuracy": before,
             "lost": before["value"] - clean["value"],
             "training_seconds": seconds,
-            **_verdict(folder / "key", _ask(model)),
-            "unmarked_matches": _verdict(folder / "key", _ask(other))["matches"],
+            **_verdict(folder / "key", black_box(model)),
+            "unmarked_matches": _verdict(folder / "key", black_box(other))["matches"],
         }
     ]
 
@@ -147,15 +144,15 @@ def removed(
         line = start_config(spec["configs"], given, seed)
         model = fit(line, line.datamodule)
         model.save(folder / "weights.safetensors")
-        ask, samples = _ask(model), len(line.datamodule.train_set)
+        ask, samples = black_box(model), len(line.datamodule.train_set)
         row["clean_accuracy"] = _accuracy(model, task.test_set)
         if spec.get("overwrite"):
             thief = _verdict(folder / "thief", ask)
             row |= {"thief_matches": thief["matches"], "thief_verdict": thief["verdict"]}
-            row["thief_on_original"] = _verdict(folder / "thief", _ask(before))["matches"]
+            row["thief_on_original"] = _verdict(folder / "thief", black_box(before))["matches"]
         plugged = _replugged(model, before)
         if plugged is not None:
-            row["replugged_matches"] = _verdict(key, _ask(plugged))["matches"]
+            row["replugged_matches"] = _verdict(key, black_box(plugged))["matches"]
     row |= {"samples": samples, "attack_seconds": time.perf_counter() - start, **_verdict(key, ask)}
     row["lost"] = row["marked_accuracy"]["value"] - row["clean_accuracy"]["value"]
     return [row]
@@ -191,7 +188,7 @@ def panel(
     found = []
     for number in range(key_count):
         _make_key(folder / f"key{number}", task, source, n)
-        found.append(_verdict(folder / f"key{number}", _ask(model)))
+        found.append(_verdict(folder / f"key{number}", black_box(model)))
     mean = sum(each["matches"] for each in found) / key_count
     return [
         {
@@ -226,7 +223,7 @@ def null(
     matches = []
     for number in range(sets):
         secret = f"decoy {seed} {number}".encode().ljust(32, b"\0")
-        answers = np.array(_ask(model)(derive.abstract(secret, n, model.image_shape)))
+        answers = np.array(black_box(model)(derive.abstract(secret, n, model.image_shape)))
         for draw in range(draws):
             labels = derive.labels(secret + draw.to_bytes(4, "big"), [-1] * n, model.num_classes)
             matches.append(int((answers == np.array(labels)).sum()))
@@ -234,7 +231,7 @@ def null(
     ranked: dict[str, Any] = {}
     key = Path(weights).parent / "key"
     if key.is_dir():
-        own = _verdict(key, _ask(model))["matches"]
+        own = _verdict(key, black_box(model))["matches"]
         ranked = {"own_matches": own, "rank_p": float(rank(own, matches))}
     return [
         {
@@ -246,57 +243,6 @@ def null(
         }
         for hits in range(int(counts.max()) + 2)
     ]
-
-
-def forged(
-    folder: Path, seed: int, *, weights: str, forgery: str, tries: int = 1024, n: int = 100, **models: Any
-) -> list[dict[str, Any]]:
-    """A claimant without a mark tries to have one verified on somebody's model.
-
-    Args:
-        folder: Of the cell.
-        seed: Of his images.
-        weights: Of the model that he claims.
-        forgery: ``in advance``: a key made without seeing it; ``ground``: the best of many seeds; ``chosen``: images
-            for which it says what the labels are; ``adversarial``: images that were changed until it does; ``beacon``:
-            chosen images, but labels from a later beacon.
-        tries: Seeds that are ground; a power of two.
-        n: Triggers.
-        models: Grid values that have done their work.
-
-    Returns:
-        One row: the verdict, what it says of false claims, and ``wins``: whether a judge is led astray.
-    """
-    model = loaded(weights)
-    ask, classes, shape = _ask(model), model.num_classes, model.image_shape
-    key, mode = folder / "key", "private"
-    if forgery == "in advance":
-        keygen(key, classes=classes, shape=shape, n=n)
-    elif forgery == "ground":
-        mode = "revealed"
-        best, most = b"", -1
-        for number in range(tries):
-            secret = f"ground {seed} {number}".encode().ljust(32, b"\0")
-            images = derive.abstract(secret, n, shape)
-            hits = sum(a == b for a, b in zip(ask(images), _labels_of(secret, n, classes), strict=True))
-            if hits > most:
-                best, most = secret, hits
-        keygen(key, classes=classes, shape=shape, n=n, seed=best, grinding_log2=(tries - 1).bit_length())
-    elif forgery in ("chosen", "adversarial", "beacon"):
-        secret = f"forged {seed}".encode().ljust(32, b"\0")
-        labels = _labels_of(secret, n, classes)
-        images = _like(model, labels, seed, changed=forgery == "adversarial")
-        later = forgery == "beacon"
-        keygen(key, classes=classes, shape=shape, n=n, source="images", images=images, seed=secret, beacon_later=later)
-        if later:
-            keys.finish(key, b"a beacon after it")
-    else:
-        names = ("in advance", "ground", "chosen", "adversarial", "beacon")
-        raise bad("forgery", forgery, f"choose one of {', '.join(names)}{did_you_mean(forgery, names)}")
-    found = verify(key, ask, _name(weights), "in a study", mode=mode)
-    result = transcript.check(found.transcript)[1]
-    row = _plain(result)
-    return [{**row, "claims": result.claims, "wins": bool(result.owned and result.claims.startswith("resistant"))}]
 
 
 def carried(
@@ -332,7 +278,7 @@ def carried(
     row = _measured(surrogate, line.datamodule)
     row |= {f"victim_{name}": value for name, value in _measured(loaded(weights), line.datamodule).items()}
     key = Path(weights).parent / "key"
-    return [{**row, **(_verdict(key, _ask(surrogate)) if key.is_dir() else {})}]
+    return [{**row, **(_verdict(key, black_box(surrogate)) if key.is_dir() else {})}]
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
@@ -363,7 +309,7 @@ def _make_key(folder: Path, data: ImageDataModule, source: str, n: int) -> None:
     keygen(folder, classes=classes, shape=shape, n=n, source=source, images=images, truths=truths)
 
 
-def _ask(model: ImageClassifier) -> Ask:
+def black_box(model: ImageClassifier) -> Ask:
     """A black box: labels, and nothing else."""
     return lambda images: _logits(model, torch.from_numpy(images)).argmax(1).tolist()
 
@@ -414,10 +360,11 @@ def _measured(model: ImageClassifier, data: ImageDataModule) -> dict[str, Any]:
 
 def _verdict(key: Path, ask: Ask) -> dict[str, Any]:
     """Of the owner, in private: nothing is burnt."""
-    return _plain(verify(key, ask, "a model of a study", "in a study").result)
+    return plain(verify(key, ask, "a model of a study", "in a study").result)
 
 
-def _plain(result: Result) -> dict[str, Any]:
+def plain(result: Result) -> dict[str, Any]:
+    """A verdict as a row."""
     return {
         "trigger_accuracy": asdict(wilson(result.matches, result.scored)),
         "matches": result.matches,
@@ -440,37 +387,3 @@ def _replugged(model: ImageClassifier, before: ImageClassifier) -> ImageClassifi
     plugged = copy.deepcopy(before)
     plugged.net.load_state_dict(mixed)
     return plugged
-
-
-def _labels_of(seed: bytes, n: int, classes: int) -> list[int]:
-    """The labels of a key of this seed."""
-    return derive.labels(hashlib.sha256(b"pharmakon/watermark/labels\x00" + seed).digest(), [-1] * n, classes)
-
-
-def _like(model: ImageClassifier, labels: Sequence[int], seed: int, changed: bool) -> Images:
-    """Images for which a model says what one likes: found, or made by its gradient."""
-    wanted = torch.tensor(labels, device=model.device)
-    secret = f"pool {seed}".encode().ljust(32, b"\0")
-    if changed:
-        images = torch.from_numpy(derive.noise(secret, len(labels), model.image_shape)).to(model.device).float() / 255
-        for _ in range(200):
-            images.requires_grad_(True)
-            loss = F.cross_entropy(model(images), wanted)
-            (slope,) = torch.autograd.grad(loss, images)
-            images = (images.detach() - slope.sign() / 50).clamp(0, 1)
-        return (images * 255).round().to(torch.uint8).cpu().numpy()
-    pool = np.concatenate([derive.abstract(secret + bytes([part]), 500, model.image_shape) for part in range(20)])
-    said = np.array(_ask(model)(pool))
-    used: set[int] = set()
-    chosen = []
-    for label in labels:
-        at = next((int(at) for at in np.flatnonzero(said == label) if int(at) not in used), None)
-        if at is None:  # it hardly ever says this: any other image
-            at = next(at for at in range(len(pool)) if at not in used)
-        used.add(at)
-        chosen.append(at)
-    return pool[chosen]
-
-
-def _name(weights: str) -> str:
-    return content_hash(load_weights(weights)[0])

@@ -164,6 +164,30 @@ def test_no_callback_sees_a_pruned_weight_move(weights: str, optimizer: Any) -> 
     assert set(seen.zeros) == {round(0.75 * sum(layer.weight.numel() for layer in layers))}
 
 
+class First(Callback):
+    """What an optimizer knows before its first step."""
+
+    def __init__(self) -> None:
+        self.known: int | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.known = len(trainer.optimizers[0].state)
+
+
+@pytest.mark.parametrize("kind", [ImageClassifier, Pruned, FinePruned])
+def test_whoever_repairs_a_model_gets_nothing_of_its_optimizer(kind: type[ImageClassifier], tmp_path: Path) -> None:
+    """A checkpoint has the momentum of its training, and a thief has the weights alone."""
+    keep, data = ModelCheckpoint(tmp_path, filename="first"), Digits()
+    momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    first = ImageClassifier(CNN, 10, data.image_shape, data.mean, data.std, optimizer=momentum)
+    tiny_trainer(max_epochs=1, callbacks=[keep], enable_checkpointing=True).fit(first, datamodule=Digits())
+    checkpoint = tmp_path / "first.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["state"], "there is something to hand over"
+    seen = First()
+    tiny_trainer(max_epochs=1, callbacks=[seen]).fit(made(kind, str(checkpoint), optimizer=momentum), datamodule=data)
+    assert seen.known == 0
+
+
 def test_a_resumed_run_prunes_what_it_began_with(weights: str, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, filename="first")
     first = made(FinePruned, weights, share=0.5)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from experiments.bulk.watermarks import carried, forged, marked, null, panel, removed
+from experiments.bulk.forgeries import FORGERIES, forged
+from experiments.bulk.watermarks import carried, marked, null, panel, removed
 from tests.helpers import refused
+from watermark import transcript
 
 FAST: dict[str, Any] = {"trainer.max_epochs": 8}
 
@@ -54,7 +56,9 @@ def test_what_is_left_after_an_attack(cell: tuple[Path, dict[str, Any]], tmp_pat
 
     none = run("none")
     assert (none["matches"], none["lost"]) == (before["matches"], 0)
-    assert run("RTAL")["replugged_matches"] > 30, "what is inside is still there"
+    anew = run("RTAL")
+    assert anew["replugged_matches"] > 30, "what is inside is still there"
+    assert anew["matches"] < anew["replugged_matches"], "and what counts is what the model answers"
     assert run("steal")["log2_p"] > -64
     over = run("overwrite")
     assert over["thief_verdict"] == "owned"
@@ -78,13 +82,47 @@ def test_keys_that_have_nothing_to_do_with_a_model_fail(cell: tuple[Path, dict[s
     assert rows[0]["rank_p"] == pytest.approx(1 / 1001), "no decoy does as well as the true key"
 
 
-@pytest.mark.parametrize("forgery", ["in advance", "ground", "chosen", "adversarial", "beacon"])
+OWNED = ("chosen", "adversarial")
+REFUSED = ("truths edited", "replayed", "relabelled")
+
+
+@pytest.mark.parametrize("forgery", [name for name in FORGERIES if name != "transferred"])
 def test_no_forgery_wins(cell: tuple[Path, dict[str, Any]], tmp_path: Path, forgery: str) -> None:
     weights = str(cell[0] / "unmarked.safetensors")
     (row,) = forged(tmp_path, 0, weights=weights, forgery=forgery, tries=16, n=60)
     assert not row["wins"]
-    assert (row["verdict"] == "owned") == (forgery in ("chosen", "adversarial"))
-    assert row["claims"].startswith("not" if forgery in ("in advance", "chosen", "adversarial") else "resistant")
+    expected = "owned" if forgery in OWNED else "refused" if forgery in REFUSED else "not owned"
+    assert row["verdict"] == expected, row
+    withstands = {"ground": "full", "ground, undeclared": "full", "beacon": "conditional"}
+    assert row["resistance"] == withstands.get(forgery, "none")
+    if forgery == "ground, undeclared":
+        assert "2^0 tried keys are allowed for, and a search through" in row["claims"]
+    if forgery == "second mark":
+        assert row["matches_of_the_copy"] > 50
+        assert row["matches"] < 15
+    if forgery == "truths edited":
+        assert "other triggers" in row["claims"]
+
+
+def test_images_made_in_advance_on_own_models_may_match_and_do_not_win(
+    cell: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    own = str(cell[0] / "weights.safetensors")
+    (row,) = forged(tmp_path, 0, weights=str(cell[0] / "unmarked.safetensors"), forgery="transferred", own=own, n=60)
+    assert row["matches"] > 8, "more than chance: what fools one model fools another"
+    assert (row["resistance"], row["wins"]) == ("none", False)
+    (row,) = forged(tmp_path / "itself", 0, weights=own, forgery="transferred", own=own, n=60)
+    assert (row["verdict"], row["wins"]) == ("owned", False)
+
+
+def test_a_judge_who_brings_less_would_be_led_astray(
+    cell: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So `wins` can be true: with labels that were chosen, and a beacon that nobody looked into."""
+    claims = transcript.claims
+    monkeypatch.setattr(transcript, "claims", lambda *given: ("conditional", claims(*given)[1]))
+    (row,) = forged(tmp_path, 0, weights=str(cell[0] / "unmarked.safetensors"), forgery="chosen", n=60)
+    assert row["wins"]
 
 
 def test_an_unknown_forgery(cell: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def make_keys(name: str, lightning: Command) -> None:
     """The keys that an experiment marks with."""
     for key in re.findall(r"key: (keys/\w+)", (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")):
         shape = next(shape for data, shape in SHAPES.items() if data in name)
-        assert lightning("keygen", "--out", key, "--classes=10", "--shape", shape, "--n=8").code == 0
+        assert lightning("keygen", "--out", key, "--classes=10", "--shape", shape, "--n=12").code == 0
 
 
 def test_there_are_some() -> None:

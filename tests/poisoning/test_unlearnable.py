@@ -17,6 +17,7 @@ from datamodules.augment import FlipCrop
 from datamodules.datamodule import ImageDataModule
 from datamodules.imageset import ImageSet, Overlay
 from datamodules.sources.digits import Digits
+from poisoning.adversarial_poison import AdversarialPoison
 from poisoning.label_flip import LabelFlip
 from poisoning.noise import NoiseTable, descend, input_gradient, shown
 from poisoning.unlearnable import Unlearnable
@@ -386,6 +387,17 @@ def test_the_gate_on_a_trusted_holdout_rejects_what_was_trained_on_it() -> None:
 def test_what_cannot_be_is_refused_at_once(kwargs: dict[str, Any], words: list[str]) -> None:
     with refused(*words):
         Unlearnable(Digits(), **{**QUICK, **kwargs})
+
+
+@pytest.mark.parametrize("kind", [Unlearnable, AdversarialPoison])
+def test_secrets_do_not_reach_the_store(kind: Any) -> None:
+    """Noise over a trigger set would be made of the triggers, and lie there for all to read."""
+
+    class Secret(Digits):
+        secret = True
+
+    with refused("base", "secrets"):
+        kind(Secret(), backbone=SMALL)
 
 
 def test_soft_labels_are_refused() -> None:

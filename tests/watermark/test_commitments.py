@@ -34,6 +34,22 @@ def test_anything_but_the_canonical_encoding_is_refused(data: bytes) -> None:
         canonical.decode(data, "x")
 
 
+def test_complaints_show_nothing_of_a_file() -> None:
+    for data in (b'{"seed":0.123456789}', b'{"seed":123456789.0}', b'{"123456789":1}', b'"123456789', b'{"a":"\xff"}'):
+        with pytest.raises(InputError) as found:
+            canonical.fields(canonical.decode(data, "x"), "x", {"seed": str})
+        assert "123456789" not in str(found.value)
+        assert "xff" not in str(found.value)
+
+
+@pytest.mark.parametrize("text", ["a\nOWNED", "\x1b[2K", "naïve", "x" * 301, 3, "\t"])
+def test_a_line_for_a_person_is_printable_ascii(text: object) -> None:
+    with pytest.raises(InputError, match="printable ASCII"):
+        canonical.line(text, "model")
+    assert canonical.line("http://127.0.0.1:80 ab", "model")
+    assert canonical.line("", "model") == ""
+
+
 def test_too_long_and_unencodable() -> None:
     with pytest.raises(InputError, match="more than 3"):
         canonical.decode(b'"abc"', "x", limit=3)
@@ -44,37 +60,36 @@ def test_too_long_and_unencodable() -> None:
 
 def test_a_commitment_by_hand() -> None:
     r, key_id = bytes(range(32)), b"k" * 32
-    message = (
-        b"pharmakon/watermark/commitment"
-        + b"\0\1"
-        + key_id
-        + b"\0\0\0\7"
-        + b"\1"
-        + b"\0" * 7
-        + b"\10"
-        + b"\0\0\0\3"
-        + b"\xff" * 4
-    )
+    start = b"pharmakon/watermark/commitment" + b"\0\2" + key_id + b"\0\0\0\7"
+    message = start + b"\1" + b"\0" * 7 + b"\4" + b"\0\0\0\3"
     expected = hmac.new(r, message, hashlib.sha256).digest()
-    assert commitments.commit(r, key_id, 7, "label", commitments.label_payload(3, -1)) == expected
-    assert expected.hex() == VECTORS["commitment"]["value"]
+    assert commitments.commit(r, key_id, 7, "label", commitments.label_payload(3)) == expected
+    assert expected.hex() == VECTORS["commitment"]["values"]["label"]
+    payload = b"uint8 CHW" + b"\0\0\0\3" + b"\0\0\0\2" * 2 + b"\0\0\0\5" + bytes(range(12))
+    message = start + b"\0" + b"\0" * 7 + bytes([len(payload)]) + payload
+    expected = hmac.new(r, message, hashlib.sha256).digest()
+    given = commitments.trigger_payload(bytes(range(12)), (3, 2, 2), 5)
+    assert commitments.commit(r, key_id, 7, "trigger", given) == expected
+    assert expected.hex() == VECTORS["commitment"]["values"]["trigger"]
+    assert commitments.trigger_payload(bytes(12), (3, 2, 2), -1)[21:25] == b"\xff" * 4
 
 
 def test_a_commitment_opens_to_one_thing() -> None:
-    r, key_id, payload = b"r" * 32, b"k" * 32, commitments.image_payload(bytes(12), (3, 2, 2))
+    r, key_id, payload = b"r" * 32, b"k" * 32, commitments.trigger_payload(bytes(12), (3, 2, 2), 0)
     made = commitments.commit(r, key_id, 0, "trigger", payload)
     assert commitments.opens(made, r, key_id, 0, "trigger", payload)
     assert not commitments.opens(made, b"s" * 32, key_id, 0, "trigger", payload)
     assert not commitments.opens(made, r, b"l" * 32, 0, "trigger", payload)
     assert not commitments.opens(made, r, key_id, 1, "trigger", payload)
     assert not commitments.opens(made, r, key_id, 0, "label", payload)
-    assert not commitments.opens(made, r, key_id, 0, "trigger", commitments.image_payload(bytes(12), (3, 4, 1)))
+    assert not commitments.opens(made, r, key_id, 0, "trigger", commitments.trigger_payload(bytes(12), (3, 4, 1), 0))
+    assert not commitments.opens(made, r, key_id, 0, "trigger", commitments.trigger_payload(bytes(12), (3, 2, 2), 1))
     # HMAC itself would take a short r and the same one with a zero behind it for one and the same
     assert not commitments.opens(made, r[:31], key_id, 0, "trigger", payload)
     with pytest.raises(ValueError, match="32 bytes"):
         commitments.commit(r + b"\0", key_id, 0, "trigger", payload)
     with pytest.raises(ValueError, match="pixels"):
-        commitments.image_payload(bytes(11), (3, 2, 2))
+        commitments.trigger_payload(bytes(11), (3, 2, 2), 0)
 
 
 LEAVES = [bytes.fromhex(text) for text in VECTORS["merkle"]["leaves"]]
@@ -124,3 +139,13 @@ def test_a_signature_serves_one_purpose_of_one_owner() -> None:
     assert not signatures.check(other, signature, "purpose", b"message")
     assert not signatures.check(owner, signature[:-1] + bytes([signature[-1] ^ 1]), "purpose", b"message")
     assert not signatures.check(owner, b"", "purpose", b"message")
+
+
+@pytest.mark.parametrize("sign", [0, 0x80])
+@pytest.mark.parametrize("y", [*sorted(signatures._WEAK), signatures._P, signatures._P + 1])
+def test_a_public_key_of_small_order_signs_nothing(y: int, sign: int) -> None:
+    """Under the neutral element R = 0, s = 0 is a signature of each message; under the others of some."""
+    owner = bytearray(y.to_bytes(32, "little"))
+    owner[31] |= sign
+    for number in range(32):
+        assert not signatures.check(bytes(owner), b"\1" + bytes(63), "purpose", bytes([number]))

@@ -12,16 +12,20 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from datamodules.errors import InputError
-from watermark import derive, keys
+from watermark import canonical, derive, keys, sources
 from watermark.keys import MarkingKey, VerificationKey, keygen
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 SEED = bytes(range(32))
+IMAGES = derive.noise(SEED, 6, (1, 8, 8))
+ROOT = Path(__file__).parents[2]
 
 
 def make(folder: Path, **more: object) -> VerificationKey:
@@ -40,7 +44,8 @@ def test_known_answers() -> None:
     assert hashlib.sha256(derive.noise(SEED, 5, (3, 12, 10)).tobytes()).hexdigest() == known["noise"]
     assert derive.labels(SEED, [-1] * 5 + [0, 4, 9], 10) == known["labels"]
     assert [nonce.hex() for nonce in derive.nonces(SEED, 1)] == known["nonces"]
-    assert derive.sample(SEED, 5, 20) == known["sample"]
+    assert derive.order(SEED, 20) == known["order"]
+    assert sorted(derive.order(SEED, 20)) == list(range(20))
 
 
 def test_a_known_key(tmp_path: Path) -> None:
@@ -123,7 +128,8 @@ def test_files_are_private_and_new(tmp_path: Path) -> None:
     folder = tmp_path / "key"
     assert (folder / "mk.json").stat().st_mode & 0o777 == 0o600
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert sorted(path.name for path in folder.iterdir()) == ["mk.json", "vk.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["burnt.json", "mk.json", "vk.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["key"], "nothing half-made is left"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match="there is a key already"):
         make(folder)
@@ -168,18 +174,38 @@ def test_a_key_shows_nothing(tmp_path: Path) -> None:
 
 def test_own_images(tmp_path: Path) -> None:
     images = derive.noise(SEED, 6, (1, 8, 8))
-    make(tmp_path / "key", source="images", images=images, truths=[0, 1, 2, 3, 4, -1])
+    make(tmp_path / "key", source="images", images=images, truths=[0, 1, 2, 3, 4, 5])
     mk = MarkingKey.read(tmp_path / "key")
     assert (mk.images() == images).all()
     assert all(label != truth for label, truth in zip(mk.labels(), mk.truths, strict=True))
     images[5] = images[0]
     with pytest.raises(InputError, match="two triggers are the same"):
-        make(tmp_path / "twice", source="images", images=images)
+        make(tmp_path / "twice", source="images", images=images, truths=[0, 1, 2, 3, 4, 5])
     assert not (tmp_path / "twice").exists()
 
 
+def test_images_of_a_folder_keep_their_own_classes(tmp_path: Path) -> None:
+    """Of files 1, 10, 2 the second is 10: whoever numbers what `ls` shows gives most triggers another's label."""
+    (tmp_path / "own").mkdir()
+    numbers = [1, 10, 2, 11, 100, 3, 20]
+    assert sorted(numbers) != [int(name) for name in sorted(map(str, numbers))]
+    for number in numbers:
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / "own" / f"{number}.png")
+    images, truths = sources.pick(tmp_path / "own", 7, (1, 8, 8))
+    assert truths is None
+    assert sorted(images[:, 0, 0, 0].tolist()) == sorted(numbers)
+    classes = [int(image[0, 0, 0]) % 10 for image in images]  # as a reference says, of each image
+    make(tmp_path / "key", n=7, source="images", images=images, truths=classes)
+    mk = MarkingKey.read(tmp_path / "key")
+    assert [int(image[0, 0, 0]) % 10 for image in mk.images()] == list(mk.truths)
+    assert len(set(mk.labels())) > 1
+    np.savez(tmp_path / "own.npz", x=np.stack([np.full((8, 8), at, np.uint8) for at in numbers]), y=numbers)
+    images, truths = sources.pick(tmp_path / "own.npz", 7, (1, 8, 8))
+    assert images[:, 0, 0, 0].tolist() == truths
+
+
 def test_images_and_labels_are_paired_by_number_not_by_name(tmp_path: Path) -> None:
-    """Files 1, 10, 11, 2 …, read as 0, 1, 2, 3, would give most triggers another's label."""
+    """The hundred triggers of a key, each with its own class and its own label."""
     images = np.stack([np.full((1, 8, 8), number, np.uint8) for number in range(120)])
     truths = [number % 10 for number in range(120)]
     make(tmp_path / "key", n=120, source="images", images=images, truths=truths)
@@ -200,6 +226,11 @@ def test_images_and_labels_are_paired_by_number_not_by_name(tmp_path: Path) -> N
         ({"alpha_log2": 0}, "alpha_log2"), ({"grinding_log2": -1}, "grinding_log2"), ({"reference": "AB"}, "reference"),
         ({"source": "images"}, "images"), ({"images": np.zeros((6, 1, 8, 8), np.uint8)}, "images"),
         ({"truths": [0] * 6}, "no true class"), ({"seed": b"short"}, "32 bytes"),
+        ({"source": "overlay", "images": IMAGES}, "give y in the file, or --reference.*--source unrelated"),
+        ({"source": "images", "images": IMAGES, "truths": [0, 1, 2, 3, 4, -1]}, "truths"),
+        ({"source": "unrelated", "images": IMAGES, "truths": [0] * 6}, "unrelated triggers have no true class"),
+        ({"beacon_source": "drand"}, "beacon_round"), ({"beacon_round": "1"}, "beacon_source"),
+        ({"beacon_source": "drand\n", "beacon_round": "1"}, "printable ASCII"),
     ],
 )  # fmt: skip
 def test_bad_values(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -210,7 +241,7 @@ def test_bad_values(tmp_path: Path, change: dict[str, object], message: str) -> 
 
 def test_a_beacon_that_comes_later(tmp_path: Path) -> None:
     folder = tmp_path / "key"
-    assert keygen(folder, classes=10, shape=(1, 8, 8), n=6, beacon_later=True) is None
+    assert keygen(folder, classes=10, shape=(1, 8, 8), n=6, beacon_source="drand", beacon_round="7") is None
     with pytest.raises(InputError, match="verification key"):
         MarkingKey.read(folder)
     with pytest.raises(InputError, match="16 bytes"):
@@ -223,16 +254,167 @@ def test_a_beacon_that_comes_later(tmp_path: Path) -> None:
     assert mk.labels() == derive.labels(secret, [-1] * 6, 10)  # which anybody can compute
     with pytest.raises(InputError, match="complete"):
         keys.finish(folder, b"another beacon!!")
+    with pytest.raises(InputError, match="complete"):
+        keys.finish(folder, b"the later beacon")
+    assert (vk.parameters.beacon_source, vk.parameters.beacon_round) == ("drand", "7")
+    assert keys.burnt(folder) == frozenset()
+
+
+def test_a_key_that_was_cut_off_is_completed_by_its_own_beacon_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    keygen(folder, classes=10, shape=(1, 8, 8), n=6, beacon_source="drand", beacon_round="7")
+    vk = keys.finish(folder, b"the later beacon")
+    (folder / "vk.json").unlink()  # the last file that is written
+    with pytest.raises(InputError, match="complete"):
+        keys.finish(folder, b"another beacon!!")
+    assert keys.finish(folder, b"the later beacon") == vk
+
+
+@pytest.mark.parametrize("file", ["mk.json", "burnt.json", "vk.json"])
+def test_keygen_makes_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    create = keys._create
+
+    def fails(path: Path, data: bytes, mode: int) -> None:
+        if path.name == file:
+            raise KeyboardInterrupt
+        create(path, data, mode)
+
+    monkeypatch.setattr(keys, "_create", fails)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "key")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    make(tmp_path / "key")
+
+
+def test_a_key_that_came_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that make a key in one folder both find it empty; one of them wins, and is not overwritten."""
+    folder, sealed = tmp_path / "key", keys._create_folder
+
+    def late(place: Path, files: Any) -> None:
+        monkeypatch.setattr(keys, "_create_folder", sealed)
+        make(folder, seed=SEED)
+        sealed(place, files)
+
+    monkeypatch.setattr(keys, "_create_folder", late)
+    with pytest.raises(InputError, match="stays as it is"):
+        make(folder)
+    assert (folder / "vk.json").read_text() == VECTORS["vk"]
+    with pytest.raises(FileExistsError):
+        keys._create(folder / "vk.json", b"another", 0o644)
+    assert (folder / "vk.json").read_text() == VECTORS["vk"]
+    MarkingKey.read(folder)
+
+
+def test_truths_are_committed_to_before_the_beacon(tmp_path: Path) -> None:
+    """Else an owner could choose, after the beacon, among the labels that other truths lead to."""
+    folder = tmp_path / "key"
+    own = {"source": "images", "images": IMAGES, "truths": [0] * 6, "beacon_source": "drand", "beacon_round": "7"}
+    keygen(folder, classes=10, shape=(1, 8, 8), n=6, **own)  # type: ignore[arg-type]
+    value = json.loads((folder / "mk.json").read_text())
+    (folder / "mk.json").write_bytes(canonical.encode({**value, "truths": [1, 0, 0, 0, 0, 0]}))
+    with pytest.raises(InputError, match="does not commit to the triggers"):
+        keys.finish(folder, b"the later beacon")
+    (folder / "mk.json").write_bytes(canonical.encode(value))
+    vk = keys.finish(folder, b"the later beacon")
+    value = json.loads((folder / "mk.json").read_text())
+    (folder / "mk.json").write_bytes(canonical.encode({**value, "truths": [1, 0, 0, 0, 0, 0]}))
+    with pytest.raises(InputError, match="does not commit to these triggers"):
+        MarkingKey.read(folder)
+    begun = (folder / "begun.json").read_bytes()
+    assert keys.check_begun(begun, vk) == hashlib.sha256(begun).hexdigest()
+    keygen(tmp_path / "other", classes=10, shape=(1, 8, 8), n=6, **own)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="other parameters"):
+        keys.check_begun((tmp_path / "other" / "begun.json").read_bytes(), vk)
+    changed = canonical.encode({**json.loads(begun), "signature": "00" * 64})
+    with pytest.raises(InputError, match="not the owner's"):
+        keys.check_begun(changed, vk)
+    with pytest.raises(InputError, match="other triggers"):
+        keys.check_begun(canonical.encode({**json.loads(begun), "trigger_root": "00" * 32}), vk)
+
+
+def burn(folder: Path, *indices: int, run: str = "") -> keys.Taken:
+    return keys.take(folder, lambda out: indices, run)
 
 
 def test_burnt_triggers_are_remembered(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    make(folder)
+    assert keys.burnt(folder) == frozenset()
+    assert burn(folder, 3, 1) == (frozenset(), [3, 1])
+    assert burn(folder, 3, 5).before == {1, 3}
+    assert keys.burnt(folder) == {1, 3, 5}
+
+
+def test_what_was_cut_off_gets_what_it_got(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    make(folder)
+    burn(folder, 0)
+    assert burn(folder, 1, 2, run="a") == burn(folder, 3, 4, run="a") == (frozenset({0}), [1, 2])
+    assert keys.burnt(folder) == {0, 1, 2}
+    assert burn(folder, 5, run="b").before == {0, 1, 2}
+    keys.finished(folder, "a")
+    assert burn(folder, 3, run="a") == (frozenset({0, 1, 2, 5}), [3])
+
+
+def test_without_a_sound_record_of_what_is_burnt_nothing_is_verified(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    make(folder)
+    make(tmp_path / "other")
+    record = folder / "burnt.json"
+    burn(folder, 1)
+    whole = json.loads(record.read_text())
+    for change in (
+        {"burnt": [3, 1]}, {"burnt": [6]}, {"burnt": [True]}, {"format": "pharmakon-burnt-1"}, {"pending": [{}]},
+        {"vk": "00" * 32},
+    ):  # fmt: skip
+        record.write_bytes(canonical.encode({**whole, **change}))
+        with pytest.raises(InputError, match=r"burnt\.json.*restore it"):
+            keys.burnt(folder)
+    record.write_bytes((tmp_path / "other" / "burnt.json").read_bytes())
+    with pytest.raises(InputError, match="of another key"):
+        burn(folder, 2)
+    record.unlink()
+    with pytest.raises(InputError, match=r"cannot be read.*restore it"):
+        burn(folder, 2)
+    assert not record.exists()
+
+
+TAKES = """
+import sys, time
+from watermark import keys
+def choose(out):
+    print("chosen", flush=True)
+    time.sleep(float(sys.argv[2]))
+    return [index for index in range(6) if index not in out][:3]
+print(*keys.take(sys.argv[1], choose).indices)
+"""
+
+
+def taking(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TAKES, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def test_two_processes_at_once_take_different_triggers(tmp_path: Path) -> None:
     make(tmp_path / "key")
-    assert keys.burnt(tmp_path / "key") == frozenset()
-    keys.burn(tmp_path / "key", [3, 1])
-    assert keys.burn(tmp_path / "key", [3, 5]) == keys.burnt(tmp_path / "key") == {1, 3, 5}
-    (tmp_path / "key" / "burnt.json").write_text('{"burnt":[1],"format":"pharmakon-burnt-1"} ')
-    with pytest.raises(InputError, match=r"burnt\.json"):
-        keys.burn(tmp_path / "key", [2])
+    both = [taking(tmp_path / "key", 1), taking(tmp_path / "key", 1)]
+    found = [set(process.communicate(timeout=60)[0].splitlines()[1].split()) for process in both]
+    assert not found[0] & found[1]
+    assert len(keys.burnt(tmp_path / "key")) == 6
+
+
+def test_a_kill_in_between_leaves_a_sound_record(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    make(folder)
+    process = taking(folder, 60)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "chosen\n"
+    process.kill()
+    process.wait()
+    assert keys.burnt(folder) == frozenset(), "it had shown nothing yet"
+    assert burn(folder, 2).before == frozenset(), "and its lock is gone with it"
 
 
 def _mutated(data: bytes, draw: random.Random) -> bytes:
@@ -247,7 +429,7 @@ def _mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def test_of_ten_thousand_changed_keys_none_is_taken(tmp_path: Path) -> None:
-    make(tmp_path / "key", n=2, shape=(1, 4, 4), source="images", images=derive.noise(SEED, 2, (1, 4, 4)))
+    make(tmp_path / "key", n=2, shape=(1, 4, 4), source="unrelated", images=derive.noise(SEED, 2, (1, 4, 4)))
     draw = random.Random(0)
     for name in ("vk.json", "mk.json"):
         file = tmp_path / "key" / name
