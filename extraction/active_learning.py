@@ -80,13 +80,13 @@ class ActiveLearning(Rounds):
 
     def first(self, pool: ImageSet) -> tuple[Tensor, Tensor]:
         """A random share of the budget; all of it where there is one round."""
-        count = self.budget if self.rounds == 1 else max(1, round(self.initial * self.budget))
+        count = self.affordable if self.rounds == 1 else max(1, round(self.initial * self.affordable))
         rows = self._shuffled(pool, 0)[:count]
         return pool.images_at(rows), pool.ids[rows]
 
     def choose(self, number: int, model: ImageClassifier, pool: ImageSet, asked: Asked) -> tuple[Tensor, Tensor]:
         """An equal part of what is left, of images that were not asked about."""
-        left = self.budget - len(asked.ids)
+        left = self.affordable - len(asked.ids)
         count = -(-left // (self.rounds - number))
         shuffled = self._shuffled(pool, number)
         rows = shuffled[~torch.isin(pool.ids[shuffled], asked.ids)]

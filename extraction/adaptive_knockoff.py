@@ -151,7 +151,9 @@ class AdaptiveKnockoff(Rounds):
 
     def first(self, pool: ImageSet) -> tuple[Tensor, Tensor]:
         """An equal part of the budget, of all classes alike."""
-        return self._drawn(0, pool, torch.ones(self._groups(pool)[1]), torch.empty(0, dtype=torch.int64), self.budget)
+        return self._drawn(
+            0, pool, torch.ones(self._groups(pool)[1]), torch.empty(0, dtype=torch.int64), self.affordable
+        )
 
     def choose(self, number: int, model: ImageClassifier, pool: ImageSet, asked: Asked) -> tuple[Tensor, Tensor]:
         """An equal part of what is left, by what the bandit prefers."""
@@ -159,7 +161,7 @@ class AdaptiveKnockoff(Rounds):
         order, rows = pool.ids.sort()
         of = groups[rows[torch.searchsorted(order, asked.ids)]]
         policy = preferences(of, self._rewards(model, asked), n).softmax(0)
-        return self._drawn(number, pool, policy, asked.ids, self.budget - len(asked.ids))
+        return self._drawn(number, pool, policy, asked.ids, self.affordable - len(asked.ids))
 
     def _rewards(self, model: ImageClassifier, asked: Asked) -> Tensor:
         answers = asked.targets

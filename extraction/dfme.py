@@ -250,7 +250,7 @@ class DFME(ImageClassifier):
 
     @property
     def cost(self) -> int:
-        """Queries of a step."""
+        """Images that a step asks about."""
         return self.batch * (self.generator_updates * (self.directions + 1) + self.surrogate_updates)
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -267,8 +267,9 @@ class DFME(ImageClassifier):
         data = self._data
         if self.trainer.world_size > 1:
             raise bad("trainer.devices", self.trainer.world_size, "a step depends on the one before: use 1 process")
-        if data.budget < self.cost:
-            raise bad("budget", data.budget, f"a step costs {self.cost} queries; give more, or a smaller batch")
+        if data.affordable < self.cost:
+            queries = math.ceil(self.cost * data.oracle.per_image - 1e-9)
+            raise bad("budget", data.budget, f"a step costs {queries} queries; give more, or a smaller batch")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the number of steps."""
@@ -282,7 +283,7 @@ class DFME(ImageClassifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override] # it steps by itself
         """A step of both networks; the last one that the budget allows ends the training."""
-        steps = self._data.budget // self.cost
+        steps = self._data.affordable // self.cost
         optimizers: Any = self.optimizers()
         surrogate, maker = optimizers
         for made in (surrogate, maker):

@@ -111,7 +111,7 @@ class JacobianAugmentation(Rounds):
 
     def choose(self, number: int, model: ImageClassifier, pool: ImageSet, asked: Asked) -> tuple[Tensor, Tensor]:
         """One step from each image that was asked about, or from the reservoir."""
-        left = self.budget - len(asked.ids)
+        left = self.affordable - len(asked.ids)
         rows = draw(self.seed, "jacobian reservoir", number, torch.arange(len(asked.ids)))[:, 0].argsort(stable=True)
         late = number > self.reservoir_after
         rows = rows[: min(left, self.reservoir if late else len(rows))]

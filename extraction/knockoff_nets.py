@@ -90,8 +90,8 @@ class KnockoffNets(Extraction):
     def _chosen(self) -> ImageSet:
         """The pool's images that are asked about, in order of their draw."""
         whole = self.base.train_set if self.pool is None else self.pool.train_set
-        most = int(self.budget / self.oracle.per_image)
-        return chosen(whole, draw(self.seed, "knockoff pool", 0, whole.ids)[:, 0].argsort(stable=True)[:most])
+        order = draw(self.seed, "knockoff pool", 0, whole.ids)[:, 0].argsort(stable=True)
+        return chosen(whole, order[: self.affordable])
 
     def _name(self, images: ImageSet) -> str:
         return fingerprint("knockoff", self.version, self.oracle.identity(), images.digest())

@@ -232,7 +232,7 @@ class Rounds(Extraction):
             images, ids = self.choose(number, model, self._images(), self._so_far())
             model.train(training)
         spent = sum(len(part.ids) for part in self._asked)
-        room = self.budget - spent
+        room = self.affordable - spent
         save_tensors(
             folder / "queries.safetensors", {"images": images[:room].contiguous(), "ids": ids[:room].contiguous()}
         )

@@ -116,6 +116,8 @@ class Extraction(Rewrite):
         super().__init__(base)
         if budget < 1:
             raise bad("budget", budget, "give the number of queries, 1 or more")
+        if budget < oracle.per_image - 1e-9:
+            raise bad("budget", budget, f"an image costs {oracle.per_image:g} queries; give so many or more")
         if not temperature > 0:
             raise bad("temperature", temperature, "it must be above 0")
         if similarity not in SIMILARITIES:
@@ -132,6 +134,11 @@ class Extraction(Rewrite):
         self._evaluated: dict[str, list[Evaluation]] = {}
 
     # --- for the subclass --------------------------------------------------------------------------------------------
+    @property
+    def affordable(self) -> int:
+        """Images that the budget pays for; see `Oracle.per_image`."""
+        return int(self.budget / self.oracle.per_image + 1e-9)  # 1 / (1 − 0.8) is a bit more than 5
+
     def check_pool(self, pool: ImageDataModule, field: str = "pool") -> None:
         """Refuse images that the victim does not take.
 

@@ -113,7 +113,7 @@ def epochs_for(steps: int, data: Extraction) -> int:
     if steps < 1:
         raise bad("steps", steps, "give their number, 1 or more")
     if isinstance(data, Rounds):  # what the last round trains on is not known before
-        batches, rounds = max(1, data.budget // data.loading.batch_size), data.rounds
+        batches, rounds = max(1, data.affordable // data.loading.batch_size), data.rounds
     else:
         data.prepare_data()
         data.setup("fit")
