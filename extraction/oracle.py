@@ -135,7 +135,7 @@ class InProcessOracle(Oracle):
         price: Of a thousand queries.
         batch_size: Of each model call.
         device: Where the victim works, such as ``cpu``; None: on a GPU, if there is one.
-        precision: Its number type: ``float32``, ``float64`` or ``bfloat16``.
+        precision: Its number type when it answers attackers: ``float32``, ``float64`` or ``bfloat16``.
 
     Raises:
         InputError: If a value is wrong.
@@ -204,7 +204,7 @@ class InProcessOracle(Oracle):
 
     def evaluator(self) -> LocalClient:
         """Whoever measures fidelity, on ledgers of the oracle's own."""
-        ledger = Ledger(ledgers_folder() / f"evaluation-{self.identity()}.sqlite")
+        ledger = Ledger(ledgers_folder() / f"undefended-{self.identity()}.sqlite")
         return LocalClient(self.evaluation(ledger), "evaluation")
 
     def service(self, ledger: Ledger) -> Service:
@@ -215,7 +215,7 @@ class InProcessOracle(Oracle):
         )  # fmt: skip
 
     def evaluation(self, ledger: Ledger) -> Service:
-        """What answers evaluators, on a ledger: all scores, undefended and unwatched."""
+        """What answers evaluators, on a ledger: all scores, undefended, unwatched, in the victim's own precision."""
         domain = Domain(self.made_for()[1])
         return Service(self._victim, ledger, batch_size=self.batch_size, domain=domain, device=self._place)
 

@@ -14,7 +14,7 @@ from classifiers.classifier import ImageClassifier
 from extraction.answers import labels
 from extraction.defences import GaussianNoise, ReverseSigmoid, Rounding
 from extraction.ledger import BudgetError, Ledger
-from extraction.oracle import LocalClient
+from extraction.oracle import LocalClient, LocalOracle
 from extraction.service import Domain, FlaggedError, Model, Service
 from tests.helpers import refused
 
@@ -243,10 +243,74 @@ def test_a_detector_goes_on_where_another_process_stopped(victim: ImageClassifie
     other.answer("a", pictures(5, 2).clamp_max(254), "2")
     one.answer("a", pictures(6, 3).clamp_max(254), "3")
     one.answer("a", pictures(6, 3).clamp_max(254), "3")  # sent again: not seen again
-    assert one.state("a") == {"seen": 15}
-    assert other.state("a") == {"seen": 9}
+    assert one.state("a") == other.state("a") == {"seen": 15}
     one.answer("a", pictures(6, 3).clamp_max(254), "4")  # asked again: a query like any other
     assert one.state("a") == {"seen": 21}
+    assert Service(victim, ledger).state("a") == {"seen": 21}, "known without a detector, after a restart"
+
+
+class Counted(Bright):
+    """Counts what all of its kind have looked at."""
+
+    looked = 0
+
+    def fresh(self) -> Counted:
+        return Counted()
+
+    def observe(self, images: Tensor, scores: Tensor) -> bool:
+        Counted.looked += len(images)
+        return super().observe(images, scores)
+
+
+def test_a_request_that_is_refused_leaves_the_detector_where_it_is(victim: ImageClassifier, ledger: Ledger) -> None:
+    service, Counted.looked = Service(victim, ledger, detector=Counted()), 0
+    service.answer("a", pictures(30, 1).clamp_max(254), "1")
+    for number in range(3):
+        with pytest.raises(BudgetError):
+            service.answer("a", pictures(71, 2), f"too many {number}")
+        with refused("images: uint8"):
+            service.answer("a", pictures(1).float(), f"wrong {number}")
+        with refused("request = '1'"):
+            service.answer("a", pictures(2), "1")
+        service.answer("a", pictures(1, 3 + number).clamp_max(254), f"one {number}")
+    assert Counted.looked == 33, "what was seen before is not looked at again"
+
+
+def test_a_request_that_is_undone_after_the_detector_saw_it_is_forgotten(
+    victim: ImageClassifier, ledger: Ledger
+) -> None:
+    class Breaks(GaussianNoise):
+        def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
+            if len(images) == 5:
+                raise KeyboardInterrupt
+            return scores
+
+    service = Service(victim, ledger, detector=Bright(), defence=Breaks(0.1))
+    service.answer("a", pictures(4, 1).clamp_max(254), "1")
+    with pytest.raises(KeyboardInterrupt):
+        service.answer("a", pictures(5, 2).clamp_max(254), "2")
+    service.answer("a", pictures(6, 3).clamp_max(254), "3")
+    assert service.state("a") == {"seen": 10}
+
+
+def test_an_evaluation_does_not_share_the_attackers_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: ImageClassifier
+) -> None:
+    victim.save(tmp_path / "victim.safetensors")
+    images, found = pictures(20), []
+    for order in ("attacker first", "evaluator first"):
+        monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path / order))
+        oracle = LocalOracle(str(tmp_path / "victim.safetensors"), precision="bfloat16")
+        if order == "attacker first":
+            oracle.client("a").query(images)
+        evaluator = oracle.evaluator()
+        found.append(evaluator.query(images).values)
+        shown = oracle.client("a").query(images).values
+        assert not torch.equal(shown, found[-1])
+        torch.testing.assert_close(shown, found[-1], atol=0.02, rtol=0.1)
+    with torch.no_grad():
+        assert torch.equal(found[0], found[1])
+        torch.testing.assert_close(found[0], victim.eval()(images).softmax(1), atol=1e-6, rtol=1e-5)
 
 
 def test_a_watched_client_is_answered_and_a_degraded_one_misled(victim: ImageClassifier, tmp_path: Path) -> None:
@@ -264,3 +328,7 @@ def test_real_inputs_in_double_precision(ledger: Ledger) -> None:
     assert torch.equal(oracle.query(inputs).values, 2 * inputs)
     with refused("float64 (N, 3)", "uint8"):
         oracle.query(inputs.byte())
+    for wrong in (float("nan"), float("inf")):
+        with refused("images: NaN or infinite"):
+            oracle.query(torch.tensor([[0, wrong, 0]], dtype=torch.float64))
+    assert oracle.account.queries == 5
