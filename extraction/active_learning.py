@@ -48,6 +48,7 @@ class ActiveLearning(Rounds):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the random choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -67,8 +68,9 @@ class ActiveLearning(Rounds):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         if strategy not in STRATEGIES:
             hint = did_you_mean(strategy, STRATEGIES)
             raise bad("strategy", strategy, f"choose one of {', '.join(STRATEGIES)}{hint}")

@@ -124,6 +124,7 @@ class AdaptiveKnockoff(Rounds):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the draws.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -141,8 +142,9 @@ class AdaptiveKnockoff(Rounds):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         if reward not in REWARDS:
             raise bad("reward", reward, f"choose one of {', '.join(REWARDS)}{did_you_mean(reward, REWARDS)}")
         if reward == "certainty" and oracle.mode == "label":

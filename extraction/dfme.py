@@ -110,6 +110,7 @@ class DataFree(Extraction):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of all choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or victim and task do not fit together.
@@ -125,8 +126,9 @@ class DataFree(Extraction):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, 1.0, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, 1.0, similarity, fidelity_on, seed, samples_budget)
         if oracle.mode not in ("scores", "logits"):
             raise bad("oracle.mode", oracle.mode, "differences need all scores: choose scores or logits")
         self._run = ""
@@ -155,7 +157,7 @@ class DataFree(Extraction):
         """What was spent."""
         if self._asking is not None:
             account = self._asking.account
-            self.spent = Spent(account.queries, account.samples, account.cost)
+            self.spent = Spent(account.queries, account.samples)
         return super().facts()
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class DataFree(Extraction):
         if self._asking is None:
             if not self._run:  # another run asks about other images, and pays for itself
                 self._run = fingerprint("data-free", self.version, self.oracle.identity(), self.seed, uuid4().hex)
-            self._asking = self.oracle.client(self._run, self.budget)
+            self._asking = self.oracle.client(self._run, self.budget, self.samples_budget)
         return self._asking
 
 

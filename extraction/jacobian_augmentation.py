@@ -70,6 +70,7 @@ class JacobianAugmentation(Rounds):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the random choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -91,8 +92,9 @@ class JacobianAugmentation(Rounds):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         if not 0 < step <= 1:
             raise bad("step", step, "the step must be in (0, 1] of a pixel's range")
         for field, value in (("seeds", seeds), ("reservoir", reservoir)):

@@ -37,6 +37,7 @@ class KnockoffNets(Extraction):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the choice from the pool.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -54,8 +55,9 @@ class KnockoffNets(Extraction):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, temperature, similarity, fidelity_on, seed, samples_budget)
         if pool is not None:
             self.check_pool(pool)
         self.pool = pool

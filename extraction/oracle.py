@@ -98,6 +98,9 @@ class Oracle(ABC):
     per_image: float = 1.0
     """Queries that an image costs: more where `extraction.countermeasures` asks more than once, or pads."""
 
+    samples_per_image: float = 1.0
+    """Different images that it costs: more where others are asked about with it."""
+
     def __init__(self, mode: str = "scores", k: int | None = None) -> None:
         check_mode(mode, k)
         self.mode, self.k = mode, k
@@ -115,8 +118,12 @@ class Oracle(ABC):
         """
 
     @abstractmethod
-    def client(self, name: str, budget: int | None = None) -> Client:
-        """Someone who asks, under a name of his own in the ledger, with a budget in queries."""
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> Client:
+        """Someone who asks, under a name of his own in the ledger, with a budget in queries and one in samples."""
+
+    @abstractmethod
+    def cost(self, queries: int) -> float:
+        """What so many queries cost, at its price."""
 
     @abstractmethod
     def evaluator(self) -> Client | None:
@@ -198,9 +205,14 @@ class InProcessOracle(Oracle):
             raise bad(*self.named, f"this victim is for {made}; choose one for these data")
         check_mode(self.mode, self.k, num_classes)
 
-    def client(self, name: str, budget: int | None = None) -> LocalClient:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> LocalClient:
         """Someone who asks; his ledger is a file of his own, so that runs do not wait for each other."""
-        return LocalClient(self.service(Ledger(ledgers_folder() / f"{name}.sqlite", budget, price=self.price)), name)
+        ledger = Ledger(ledgers_folder() / f"{name}.sqlite", budget, samples, self.price)
+        return LocalClient(self.service(ledger), name)
+
+    def cost(self, queries: int) -> float:
+        """What so many queries cost, at its price."""
+        return queries * self.price / 1000
 
     def evaluator(self) -> LocalClient:
         """Whoever measures fidelity, on ledgers of the oracle's own."""

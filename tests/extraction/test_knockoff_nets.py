@@ -12,8 +12,10 @@ from classifiers.backbones import MLP
 from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
 from extraction import strategy
+from extraction.countermeasures import AveragedOracle, PaddedOracle
 from extraction.defences import GaussianNoise
 from extraction.knockoff_nets import KnockoffNets
+from extraction.ledger import BudgetError
 from extraction.oracle import LocalClient, LocalOracle
 from poisoning.label_flip import LabelFlip
 from tests.helpers import mlp, refused
@@ -60,6 +62,43 @@ def test_the_budget_is_spent_without_replacement_and_counted(victim: str) -> Non
     pool = len(Digits_train())
     everything = ready(KnockoffNets(Digits(), LocalOracle(victim), 10**6))
     assert everything.facts()["queries"] == len(everything.train_set) == pool
+
+
+def test_the_cost_is_at_the_price_of_now(victim: str) -> None:
+    for price in (2.0, 5.0):  # the second time all answers are in the store
+        data = ready(KnockoffNets(Digits(), LocalOracle(victim, price=price), 100))
+        assert data.facts()["cost"] == pytest.approx(100 * price / 1000)
+        data = ready(KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim, price=price), 4), 100))
+        assert data.facts()["cost"] == pytest.approx(100 * price / 1000)
+
+
+def test_a_budget_in_samples_is_kept(victim: str) -> None:
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim), 100, samples_budget=30))
+    assert (data.facts()["queries"], data.facts()["samples"]) == (30, 30)
+    data = ready(KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim), 4), 1000, samples_budget=30))
+    assert (data.facts()["queries"], data.facts()["samples"]) == (120, 30)
+    data = ready(KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim), 4), 100, samples_budget=30))
+    assert (data.facts()["queries"], data.facts()["samples"]) == (100, 25)
+    hidden = PaddedOracle(LocalOracle(victim), Digits(split_seed=5), 0.5)
+    data = ready(KnockoffNets(Digits(), hidden, 1000, samples_budget=30))
+    assert len(data.train_set) == 15
+    assert data.facts()["samples"] == 30
+    with refused("samples_budget = 0", "1 or more"):
+        KnockoffNets(Digits(), LocalOracle(victim), 100, samples_budget=0)
+    with refused("samples_budget = 1", "2 or more"):
+        KnockoffNets(Digits(), hidden, 100, samples_budget=1)
+
+
+def test_beyond_the_budget_in_samples_the_model_does_not_run(victim: str) -> None:
+    client = LocalOracle(victim).client("ann", samples=3)
+    images = torch.arange(4 * 64, dtype=torch.uint8).reshape(4, 1, 8, 8)
+    client.query(images[:3])
+    calls = client.service.calls
+    with pytest.raises(BudgetError, match="samples = 3: 3 samples are spent and 1 more"):
+        client.query(images)
+    client.query(images[:3].repeat(5, 1, 1, 1))  # the same again are queries, and no new samples
+    assert client.service.calls == calls
+    assert client.account[:2] == (18, 3)
 
 
 def Digits_train() -> torch.Tensor:

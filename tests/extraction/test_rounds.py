@@ -75,6 +75,14 @@ def test_no_image_is_asked_about_twice_and_the_budget_is_spent(victim: str, stra
         assert torch.equal(data.train_set.labels, load_classifier(victim)(everything).argmax(1))
 
 
+def test_a_budget_in_samples_is_that_of_all_rounds(victim: str) -> None:
+    data = ActiveLearning(Digits(batch_size=50), LocalOracle(victim), 100, "margin", 3, 0.2, samples_budget=40)
+    seen: list[list[int]] = []
+    by_rounds(3, callbacks=[sets_of(data, seen)]).fit(surrogate(data), data)
+    assert [len(ids) for ids in seen] == [8, 24, 40]
+    assert data.facts()["samples"] == 40
+
+
 def test_a_pool_that_is_smaller_than_the_budget_is_asked_about_whole(victim: str) -> None:
     data = ActiveLearning(Digits(batch_size=500), LocalOracle(victim, "label"), 10**6, "margin", 2, 0.001)
     by_rounds(2).fit(surrogate(data), data)
