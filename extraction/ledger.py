@@ -221,6 +221,11 @@ class Ledger:
         most = self._budget(client)
         return None if most is None else max(0, most - self.account(client).queries)
 
+    def samples_left(self, client: str) -> int | None:
+        """Different images that a client may still ask about; None: any number."""
+        most = self._most_samples(client)
+        return None if most is None else max(0, most - self.account(client).samples)
+
     def clients(self) -> list[str]:
         """All that ever asked, or were flagged, in alphabetical order."""
         with self._open() as connection:
