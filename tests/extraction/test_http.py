@@ -28,6 +28,7 @@ from classifiers.backbones import MLP
 from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
 from extraction import strategy
+from extraction.active_learning import ActiveLearning
 from extraction.answers import Answers, pack, unpack
 from extraction.defences import PRADA, GaussianNoise
 from extraction.http.keys import Key, Keys
@@ -36,9 +37,11 @@ from extraction.http.remote import Line, RemoteClient, RemoteOracle
 from extraction.http.server import Limits, make_app
 from extraction.knockoff_nets import KnockoffNets
 from extraction.ledger import BudgetError, Ledger
-from extraction.oracle import LocalOracle
+from extraction.oracle import LocalOracle, Oracle
 from extraction.service import Domain, FlaggedError, Service
-from tests.helpers import mlp, refused
+from extraction.strategy import Extraction
+from extraction.surrogate import Surrogate
+from tests.helpers import mlp, refused, tiny_trainer
 
 SHAPE = (1, 8, 8)
 
@@ -130,6 +133,32 @@ def test_an_attack_gets_the_same_bytes_as_in_process(
     assert site.ledger.account("judge").queries == len(there.test_set)
     again = ready(KnockoffNets(Digits(), there.oracle, 150, seed=3))  # the server is gone, the answers are here
     assert torch.equal(again.train_set.labels, here.train_set.labels)
+
+
+@pytest.mark.parametrize("strategy", ["knockoff", "active learning"])
+def test_an_attack_gets_the_same_surrogate_as_in_process(
+    tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    def fitted(oracle: Oracle) -> tuple[Extraction, dict[str, Tensor]]:
+        data: Extraction = KnockoffNets(Digits(batch_size=16), oracle, 90, seed=3)
+        if strategy == "active learning":
+            data = ActiveLearning(Digits(batch_size=16), oracle, 90, "k_center", 3, 0.2, seed=3)
+        torch.manual_seed(1)
+        model = mlp(data, Surrogate, optimizer=partial(torch.optim.Adam, lr=0.01))
+        tiny_trainer(max_epochs=3, reload_dataloaders_every_n_epochs=1, limit_val_batches=0).fit(model, data)
+        return data, model.net.state_dict()
+
+    site = Site(tmp_path, victim)
+    monkeypatch.setenv("PHARMAKON_ORACLE_KEY", site.keys.create("ann", budget=90))
+    here, expected = fitted(LocalOracle(victim, price=2.0))
+    with listening(site.app) as url:
+        there, found = fitted(RemoteOracle(url))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert there.train_set.digest() == here.train_set.digest()
+    assert there.facts() == here.facts()
+    assert site.ledger.account("ann").queries == 90
 
 
 def test_a_victim_of_another_mode_or_kind_is_refused_in_one_line(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import extraction
 from classifiers.backbones import SmallCNN
 from classifiers.classifier import ImageClassifier
 from extraction.answers import labels
@@ -98,7 +100,62 @@ def test_a_request_sent_again_is_free_and_the_same_to_the_byte(victim: ImageClas
     assert other.account.queries == 20
 
 
-def test_the_module_is_not_to_be_had(victim: ImageClassifier, ledger: Ledger) -> None:
+BEHIND = {"open", "service", "evaluation", "victim", "victim_identity", "_victim", "_opened"}
+"""Attributes of oracles and clients by which a victim, or undefended answers, could be got at."""
+
+OPENERS = {"load_classifier", "load_weights", "find_weights", "load_file", "load_from_checkpoint", "Service"}
+"""What makes or loads a victim."""
+
+OWNERS = {"oracle.py", "service.py", "foreign.py"}
+"""The victim's side of the door."""
+
+STRATEGIES = sorted(
+    path for path in Path(extraction.__path__[0]).glob("*.py") if path.name not in {*OWNERS, "__init__.py"}
+)
+
+
+def reaches(source: str) -> list[str]:
+    """Names in a module by which it would reach behind the oracle: of anything but `self`, whose they may be."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            of = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            file = of == "oracle" and node.attr == "weights"
+            if (node.attr in BEHIND and of != "self") or file or node.attr.startswith("_Service__"):
+                found.append(node.attr)
+        elif isinstance(node, ast.Name) and node.id in OPENERS:
+            found.append(node.id)
+        elif isinstance(node, ast.alias) and node.name in OPENERS:
+            found.append(node.name)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "vars"):
+            found += [str(each.value) for each in node.args if isinstance(each, ast.Constant) and each.value in BEHIND]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "_Service__" in node.value:
+            found.append(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.name)
+def test_no_strategy_reaches_behind_the_oracle(path: Path) -> None:
+    assert not reaches(path.read_text(encoding="utf-8"))
+
+
+def test_what_reaches_behind_an_oracle_is_seen() -> None:
+    for line in (
+        "model = self.oracle.open()",
+        "self.oracle._victim(x)",
+        "client.service._Service__model(x)",
+        "self.oracle.evaluation(ledger)",
+        "from classifiers.classifier import load_classifier",
+        "load_classifier(self.path)",
+        "getattr(self.oracle, 'open')()",
+        "getattr(service, '_Service__model')",
+        "path = self.oracle.weights",
+    ):
+        assert reaches(line), line
+    assert not reaches("answers = self.oracle.client('a').query(images)")
+
+
+def test_the_module_and_the_defence_have_no_name_of_their_own(victim: ImageClassifier, ledger: Ledger) -> None:
     service = Service(victim, ledger, defence=Rounding())
     open_to_all = [value for name, value in vars(service).items() if not name.startswith("_Service__")]
     assert not [value for value in open_to_all if isinstance(value, torch.nn.Module | Rounding)]
