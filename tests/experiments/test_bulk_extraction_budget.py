@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from classifiers.backbones import MLP
+from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
 from experiments.bulk.extraction_budget import epochs_for, equivalent, surrogate
 from experiments.bulk.fitting import fit, start_config
@@ -86,9 +87,22 @@ def test_the_equivalent_network_is_a_surrogate_with_all_of_the_victims_labels(tm
     assert row["fidelity"]["value"] == 1
     assert row["accuracy"] == row["victim_accuracy"]
     assert 0 < row["queries"] < 2**14
-    (row,) = equivalent(tmp_path, 0, mode="rounded_scores", **given)
+    for mode in ("logits", "scores"):  # and it is left as a classifier like any other
+        folder = tmp_path / mode
+        folder.mkdir()
+        equivalent(folder, 0, mode=mode, **given)
+        found, truth = load_classifier(folder / "weights.safetensors"), load_classifier(victim)
+        images = torch.randint(0, 256, (5000, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+        with torch.no_grad():
+            mine, theirs = found(images), truth(images)
+        assert (mine.argmax(1) == theirs.argmax(1)).float().mean() >= 0.9998, "but for ties within float32's precision"
+        torch.testing.assert_close(mine.softmax(1), theirs.softmax(1), atol=1e-4, rtol=1e-4)
+    folder = tmp_path / "rounded"
+    folder.mkdir()
+    (row,) = equivalent(folder, 0, mode="rounded_scores", **given)
     assert row["failure"]
     assert "fidelity" not in row
+    assert not (folder / "weights.safetensors").exists()
 
 
 def test_a_larger_budget_does_not_go_on_from_a_smaller_one(
