@@ -149,8 +149,10 @@ def test_the_task_s_images_have_no_influence(victim: str) -> None:
 
 
 def test_what_is_refused(victim: str) -> None:
-    with refused("mode = 'label'", "scores or logits"):
-        DataFree(Digits(), LocalOracle(victim, "label"))
+    with refused("mode = 'top_k'", "scores or logits"):
+        DataFree(Digits(), LocalOracle(victim, "top_k", 3))
+    with refused("mode = 'label'", "DFME", "scores or logits"):
+        fitted(victim, STEP, "label")
     with refused(f"budget = {STEP - 1}", f"costs {STEP} queries"):
         fitted(victim, STEP - 1)
     with refused("DataFree", "Digits"):
