@@ -54,6 +54,11 @@ def test_a_surrogate_is_measured_and_paid_for(tmp_path: Path, victim: str) -> No
     assert surrogate(tmp_path, 0, strategy="own", budget=640, steps=200, **given) == [row]
     (half,) = surrogate(tmp_path, 0, strategy="half", budget=640, steps=1, **given)
     assert half["queries"] < 640, "a pool of fewer images than the budget"
+    assert "far_fidelity" not in row
+    (far,) = surrogate(tmp_path, 0, strategy="own", budget=640, steps=200, far="data/digits.yaml", **given)
+    assert far == {**row, "far_fidelity": row["fidelity"]}, "the training is the same, and so are these test images"
+    with refused("far", "1×28×28"):
+        surrogate(tmp_path, 0, strategy="own", budget=640, steps=1, far="data/mnist.yaml", **given)
     with refused("strategy = 'ownn'", "own"):
         surrogate(tmp_path, 0, strategy="ownn", budget=640, **given)
 
