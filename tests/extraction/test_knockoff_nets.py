@@ -17,6 +17,7 @@ from extraction.defences import GaussianNoise
 from extraction.knockoff_nets import KnockoffNets
 from extraction.ledger import BudgetError
 from extraction.oracle import LocalClient, LocalOracle
+from extraction.strategy import SIMILARITIES
 from poisoning.label_flip import LabelFlip
 from tests.helpers import mlp, refused
 
@@ -129,6 +130,27 @@ def test_another_pool_gets_new_ids_and_the_tasks_measures(victim: str) -> None:
         "fidelity_boundary_kl",
     }
     assert data.facts()["queries"] == 60, "an evaluation is none of the attacker's queries"
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_fidelity_is_measured_on_named_sets_too(victim: str, similarity: str) -> None:
+    other = Digits(split_seed=9)
+    plain = ready(KnockoffNets(Digits(), LocalOracle(victim), 60, seed=1))
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim), 60, None, 1.0, similarity, {"other": other}, 1))
+    data.setup("test")
+    found = {measure.name: (each.images, measure) for each in data.evaluations("test") for measure in each.measures}
+    assert {"fidelity_other", f"fidelity_other_{similarity}"} <= set(found)
+    images, measure = found["fidelity_other"]
+    assert torch.equal(images.ids, other.test_set.ids)
+    with torch.no_grad():
+        scores = load_classifier(victim)(images.images_at(torch.arange(len(images)))).softmax(1)
+    assert torch.equal(measure.target, scores.argmax(1))
+    best = {"kl": 0.0, "total_variation": 0.0, "top_k": 1.0}[similarity]
+    metric = found[f"fidelity_other_{similarity}"][1].make()
+    metric.update(scores.log(), scores)
+    assert float(metric.compute()) == pytest.approx(best, abs=1e-5)
+    assert data.train_set.digest() == plain.train_set.digest()
+    assert data.facts()["queries"] == 60
 
 
 def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
