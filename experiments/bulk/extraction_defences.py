@@ -31,6 +31,7 @@ from extraction.defences.detector import Detector
 from extraction.defences.honest import honest_cost
 from extraction.defences.out_of_distribution import calibrated
 from extraction.defences.perturbation import in_padded_batches
+from extraction.defences.prediction_poisoning import random_network
 from extraction.jacobian_augmentation import JacobianAugmentation
 from extraction.ledger import Ledger
 from extraction.oracle import Client, LocalClient, LocalOracle, Oracle
@@ -393,11 +394,12 @@ def jacobian_stream(attack: JacobianAugmentation, client: Client, pool: ImageSet
 
 def _surrogate(asked: Asked, classes: int, seed: int, number: int) -> ImageClassifier:
     """A SmallCNN after 100 steps of Adam."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "jacobian surrogate", number))
-        channels, height, width = asked.images.shape[1:]
+    channels, height, width = asked.images.shape[1:]
+    with torch.random.fork_rng(devices=[]):  # a network is initialised before weights are put into it
         model = ImageClassifier(SmallCNN, classes, (channels, height, width), [0.5] * channels, [0.5] * channels)
-    private, optimizer = generator(seed, "jacobian", number), torch.optim.Adam(model.train().parameters(), lr=1e-3)
+    model.net.load_state_dict(random_network(classes, (channels, height, width), seed).state_dict())
+    model.requires_grad_(True).train()
+    private, optimizer = generator(seed, "jacobian", number), torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(100):
         rows = torch.randint(len(asked.ids), (64,), generator=private)
         loss = F.cross_entropy(model(asked.images[rows]), asked.labels[rows])
