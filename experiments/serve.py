@@ -1,6 +1,10 @@
 """`lightning serve`: a victim behind HTTP, answers counted per key; `extraction.http.RemoteOracle` is the other side.
 
 Without keys, on this machine, three are made and shown once. Any other machine is let in only with a key and TLS.
+
+A key has a rate: as many queries in a minute as ``--rate`` says, else `extraction.http.keys.RATE`. Its requests are
+counted, too, see `extraction.http.server.Limits`, and whoever connects and says nothing is dropped, see
+`extraction.http.patience`.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from experiments.registry import find_config
 
 OPTIONS = (
     "--weights", "--config", "--port", "--host", "--ledger", "--certificate", "--private-key", "--new-key", "--role",
-    "--budget", "--rate", "--keys", "--revoke",
+    "--budget", "--samples", "--rate", "--keys", "--revoke",
 )  # fmt: skip
 
 VARIABLES = {"attacker": "PHARMAKON_ORACLE_KEY", "evaluation": "PHARMAKON_EVALUATION_KEY"}
@@ -31,16 +36,17 @@ def serve(args: list[str]) -> int:
 
     Args:
         args: ``serve --weights FILE|RUN [--config FILE] [--port 8000] [--host 127.0.0.1] [--ledger FILE]
-            [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--rate N]]
-            [--keys all] [--revoke NAME]``; the config has the section ``oracle``, at its top or, that of an attack, in
-            its data: a `LocalOracle` or a `ForeignOracle` with its mode, defence and detector. ``--budget`` and
-            ``--rate`` (queries in a minute) are those of the key that is made.
+            [--certificate FILE --private-key FILE] [--new-key NAME [--role ROLE] [--budget N] [--samples N]
+            [--rate N|any]] [--keys all] [--revoke NAME]``; the config has the section ``oracle``, at its top or, that
+            of an attack, in its data: a `LocalOracle` or a `ForeignOracle` with its mode, defence and detector.
+            ``--budget`` (queries), ``--samples`` (different images) and ``--rate`` (queries in a minute; ``any``: no
+            limit) are those of the key that is made.
 
     Raises:
         InputError: Whatever a person got wrong.
     """
     given = options(args[1:], OPTIONS)
-    number, budget, rate = (whole(given, name) for name in ("port", "budget", "rate"))
+    number, budget, samples = (whole(given, name) for name in ("port", "budget", "samples"))
     if number is not None and number > 65535:
         raise bad("port", number, "a port is 65535 or less; 0 is any that is free")
     port, host = 8000 if number is None else number, given.get("host", "127.0.0.1")
@@ -50,7 +56,8 @@ def serve(args: list[str]) -> int:
     except ImportError as error:
         raise InputError(f"{error.name} is missing: pip install 'pharmakon[serve]'") from error
 
-    from extraction.http.keys import Keys
+    from extraction.http.keys import RATE, Keys
+    from extraction.http.patience import patient
     from extraction.http.remote import is_loopback
     from extraction.http.server import make_app
     from extraction.ledger import Ledger
@@ -61,7 +68,8 @@ def serve(args: list[str]) -> int:
     if not path.absolute().parent.is_dir():
         raise bad("ledger", str(path), "there is no such folder; make it")
     keys = Keys(f"{path}.keys")
-    if _of_keys(keys, given, budget, rate):
+    rate = None if given.get("rate") == "any" else whole(given, "rate") if "rate" in given else RATE
+    if _of_keys(keys, given, budget, rate, samples):
         return 0
     secure = "certificate" in given and "private-key" in given
     if not is_loopback(host) and not (secure and keys.all()):
@@ -74,28 +82,28 @@ def serve(args: list[str]) -> int:
     app = make_app(service, keys, oracle.num_classes, oracle.identity(), evaluation)
     tls: dict[str, Any] = {"ssl_certfile": given["certificate"], "ssl_keyfile": given["private-key"]} if secure else {}
     with _listen(host, port) as listening:
-        config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, **tls)
+        config = uvicorn.Config(app, log_level="warning", http=patient(), ws="none", **tls)
         try:
             config.load()
         except OSError as error:  # ssl.SSLError is one
             raise bad("certificate", given.get("certificate"), f"it cannot be used ({error})") from error
         if not keys.all():
-            _first_keys(keys, budget, rate)
-        elif budget is not None or rate is not None:
-            raise InputError("budget, rate: they are of a new key; name one with --new-key")
+            _first_keys(keys, {"attacker": (budget, rate, samples), "evaluation": (None, RATE, None)})
+        elif {"budget", "rate", "samples"} & set(given):
+            raise InputError("budget, rate, samples: they are of a new key; name one with --new-key")
         address = f"{'https' if secure else 'http'}://{_in_url(host)}:{listening.getsockname()[1]}"
         print(f"serving {oracle.named[1]} at {address} – {address}/docs, {address}/status", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 
-def _of_keys(keys: Any, given: dict[str, str], budget: int | None, rate: int | None) -> bool:
+def _of_keys(keys: Any, given: dict[str, str], budget: int | None, rate: int | None, samples: int | None) -> bool:
     """Make, list or revoke keys; False: nobody asked for it."""
     asked = [name for name in ("new-key", "keys", "revoke") if name in given]
     if len(asked) > 1:  # else one would be done and the other forgotten: a key that was to be revoked would go on
         raise InputError(f"{', '.join(asked)}: one thing at a time; leave out all but one")
     if "new-key" in given:
-        key = keys.create(given["new-key"], given.get("role", "attacker"), budget, rate)
+        key = keys.create(given["new-key"], given.get("role", "attacker"), budget, rate, samples)
         print(f"the key of {given['new-key']}, shown this once: {key}")
     elif "role" in given:
         raise InputError("role: it is of a new key; name one with --new-key")
@@ -106,7 +114,7 @@ def _of_keys(keys: Any, given: dict[str, str], budget: int | None, rate: int | N
         if given["keys"] != "all":
             raise bad("keys", given["keys"], "write all; of one client the status page tells")
         for key in keys.all():
-            limits = (("budget", key.budget), ("queries a minute", key.rate))
+            limits = (("budget", key.budget), ("samples", key.samples), ("queries a minute", key.rate))
             told = ", ".join(f"{what} {'any number' if most is None else most}" for what, most in limits)
             print(f"{key.name}: {key.role}, {told}")
     else:
@@ -179,11 +187,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _first_keys(keys: Any, budget: int | None, rate: int | None) -> None:
+def _first_keys(keys: Any, limits: Mapping[str, tuple[int | None, int | None, int | None]]) -> None:
+    """Make and show one key for each role; `limits`: role → budget, rate, samples."""
     print("there were no keys; these are shown this once:")
     for role in ("attacker", "evaluation", "admin"):
-        of_attacker = role == "attacker"
-        key = keys.create(role, role, budget if of_attacker else None, rate if of_attacker else None)
+        key = keys.create(role, role, *limits.get(role, ()))
         use = f"{VARIABLES[role]}={key}" if role in VARIABLES else f"{key}  (the status page's password)"
         print(f"  {role}: {use}")
 

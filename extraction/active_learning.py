@@ -48,6 +48,7 @@ class ActiveLearning(Rounds):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the random choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -67,8 +68,9 @@ class ActiveLearning(Rounds):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         if strategy not in STRATEGIES:
             hint = did_you_mean(strategy, STRATEGIES)
             raise bad("strategy", strategy, f"choose one of {', '.join(STRATEGIES)}{hint}")
@@ -80,13 +82,13 @@ class ActiveLearning(Rounds):
 
     def first(self, pool: ImageSet) -> tuple[Tensor, Tensor]:
         """A random share of the budget; all of it where there is one round."""
-        count = self.budget if self.rounds == 1 else max(1, round(self.initial * self.budget))
+        count = self.affordable if self.rounds == 1 else max(1, round(self.initial * self.affordable))
         rows = self._shuffled(pool, 0)[:count]
         return pool.images_at(rows), pool.ids[rows]
 
     def choose(self, number: int, model: ImageClassifier, pool: ImageSet, asked: Asked) -> tuple[Tensor, Tensor]:
         """An equal part of what is left, of images that were not asked about."""
-        left = self.budget - len(asked.ids)
+        left = self.affordable - len(asked.ids)
         count = -(-left // (self.rounds - number))
         shuffled = self._shuffled(pool, number)
         rows = shuffled[~torch.isin(pool.ids[shuffled], asked.ids)]

@@ -124,6 +124,7 @@ class AdaptiveKnockoff(Rounds):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the draws.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -141,8 +142,9 @@ class AdaptiveKnockoff(Rounds):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         if reward not in REWARDS:
             raise bad("reward", reward, f"choose one of {', '.join(REWARDS)}{did_you_mean(reward, REWARDS)}")
         if reward == "certainty" and oracle.mode == "label":
@@ -151,7 +153,9 @@ class AdaptiveKnockoff(Rounds):
 
     def first(self, pool: ImageSet) -> tuple[Tensor, Tensor]:
         """An equal part of the budget, of all classes alike."""
-        return self._drawn(0, pool, torch.ones(self._groups(pool)[1]), torch.empty(0, dtype=torch.int64), self.budget)
+        return self._drawn(
+            0, pool, torch.ones(self._groups(pool)[1]), torch.empty(0, dtype=torch.int64), self.affordable
+        )
 
     def choose(self, number: int, model: ImageClassifier, pool: ImageSet, asked: Asked) -> tuple[Tensor, Tensor]:
         """An equal part of what is left, by what the bandit prefers."""
@@ -159,7 +163,7 @@ class AdaptiveKnockoff(Rounds):
         order, rows = pool.ids.sort()
         of = groups[rows[torch.searchsorted(order, asked.ids)]]
         policy = preferences(of, self._rewards(model, asked), n).softmax(0)
-        return self._drawn(number, pool, policy, asked.ids, self.budget - len(asked.ids))
+        return self._drawn(number, pool, policy, asked.ids, self.affordable - len(asked.ids))
 
     def _rewards(self, model: ImageClassifier, asked: Asked) -> Tensor:
         answers = asked.targets

@@ -211,17 +211,23 @@ class _Around(Oracle):
     Args:
         oracle: The other.
         factor: Queries of it for each image.
+        samples: Different images that it is asked about for each.
     """
 
     version = 1
 
-    def __init__(self, oracle: Oracle, factor: float = 1.0) -> None:
+    def __init__(self, oracle: Oracle, factor: float = 1.0, samples: float = 1.0) -> None:
         super().__init__(oracle.mode, oracle.k)
         self.oracle, self.per_image = oracle, factor * oracle.per_image
+        self.samples_per_image = samples * oracle.samples_per_image
 
     def check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         """See that the victim is for such data."""
         self.oracle.check(num_classes, image_shape)
+
+    def cost(self, queries: int) -> float:
+        """At the inner one's price."""
+        return self.oracle.cost(queries)
 
     def evaluator(self) -> Client | None:
         """The inner one's."""
@@ -250,9 +256,9 @@ class AveragedOracle(_Around):
         """Of the inner oracle and the number."""
         return fingerprint("averaged", self.version, self.oracle.identity(), self.repeats)
 
-    def client(self, name: str, budget: int | None = None) -> Averaging:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> Averaging:
         """Someone who asks several times."""
-        return Averaging(self.oracle.client(name, budget), self.repeats)
+        return Averaging(self.oracle.client(name, budget, samples), self.repeats)
 
 
 class CoarseOracle(_Around):
@@ -279,9 +285,9 @@ class CoarseOracle(_Around):
         """Of the inner oracle and the number."""
         return fingerprint("coarse", self.version, self.oracle.identity(), self.decimals)
 
-    def client(self, name: str, budget: int | None = None) -> Coarse:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> Coarse:
         """Someone who trusts less."""
-        return Coarse(self.oracle.client(name, budget), self.decimals)
+        return Coarse(self.oracle.client(name, budget, samples), self.decimals)
 
 
 class SybilOracle(_Around):
@@ -305,9 +311,10 @@ class SybilOracle(_Around):
         """Of the inner oracle and the number."""
         return fingerprint("sybil", self.version, self.oracle.identity(), self.clients)
 
-    def client(self, name: str, budget: int | None = None) -> Sybil:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> Sybil:
         """Several who ask."""
-        return Sybil([self.oracle.client(f"{name}-{number}", budget) for number in range(self.clients)], budget)
+        names = [f"{name}-{number}" for number in range(self.clients)]
+        return Sybil([self.oracle.client(each, budget, samples) for each in names], budget)
 
 
 class PaddedOracle(_Around):
@@ -326,7 +333,7 @@ class PaddedOracle(_Around):
     def __init__(self, oracle: Oracle, benign: ImageDataModule, share: float = 0.5, seed: int = 0) -> None:
         if not 0 <= share < 1:
             raise bad("share", share, "of all queries, 0 or more and below 1")
-        super().__init__(oracle, 1 / (1 - share))
+        super().__init__(oracle, 1 / (1 - share), 1 / (1 - share))
         self.benign, self.share, self.seed = benign, share, seed
 
     def identity(self) -> str:
@@ -340,11 +347,11 @@ class PaddedOracle(_Around):
         if tuple(self.benign.image_shape) != tuple(image_shape):
             raise bad("benign", "×".join(map(str, self.benign.image_shape)), "the victim takes images of another shape")
 
-    def client(self, name: str, budget: int | None = None) -> Padded:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> Padded:
         """Someone who hides."""
         images = self._images()
         pool = images.images_at(torch.arange(len(images)))
-        return Padded(self.oracle.client(name, budget), pool, self.share, self.seed)
+        return Padded(self.oracle.client(name, budget, samples), pool, self.share, self.seed)
 
     def _images(self) -> ImageSet:
         self.benign.prepare_data()

@@ -17,6 +17,7 @@ last BatchNorm. One process: its steps depend on each other.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
@@ -30,7 +31,7 @@ from datamodules.datamodule import Changes, Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint
 from datamodules.random import draw, generator, uniform
-from extraction.answers import Answers
+from extraction.answers import Answers, labels
 from extraction.oracle import Client, Oracle
 from extraction.strategy import Extraction, Spent
 
@@ -99,17 +100,18 @@ class Generator(nn.Module):
 
 
 class DataFree(Extraction):
-    """An oracle to ask, and no images: `DFME` makes its own (Truong et al. 2021).
+    """An oracle to ask, and no images: `DFME` (Truong et al. 2021) and `DisGUIDE` make their own.
 
     The training set has as many rows as the base's, of noise and without labels: they only count steps.
 
     Args:
         base: The victim's task: its holdout and test set measure the surrogate.
-        oracle: See `Extraction`; it must answer scores or logits.
+        oracle: See `Extraction`; it must answer labels, scores or logits.
         budget: See `Extraction`; no step is begun that does not fit into it.
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of all choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or victim and task do not fit together.
@@ -125,10 +127,11 @@ class DataFree(Extraction):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, 1.0, similarity, fidelity_on, seed)
-        if oracle.mode not in ("scores", "logits"):
-            raise bad("oracle.mode", oracle.mode, "differences need all scores: choose scores or logits")
+        super().__init__(base, oracle, budget, 1.0, similarity, fidelity_on, seed, samples_budget)
+        if oracle.mode not in ("label", "scores", "logits"):
+            raise bad("oracle.mode", oracle.mode, "some scores make no logits: choose label, scores or logits")
         self._run = ""
         self._asking: Client | None = None
 
@@ -146,8 +149,14 @@ class DataFree(Extraction):
         return Overlay(train, torch.arange(len(train)), labels=none, rewriter=noise, key=key)
 
     def logits(self, images: Tensor, request: str) -> Tensor:
-        """The victim's logits with mean zero: float32 (N, K), for uint8 (N, C, H, W); charged once for each request."""
+        """What the victim says of uint8 (N, C, H, W), charged once for each request.
+
+        Returns:
+            Logits with mean zero, float32 (N, K); where labels are answered, these, int64 (N,).
+        """
         answers: Answers = self._client_of_run.query(images, request)
+        if self.oracle.mode == "label":
+            return labels(answers)
         values = answers.values.float()
         return values - values.mean(1, keepdim=True) if self.oracle.mode == "logits" else recovered_logits(values)
 
@@ -155,7 +164,7 @@ class DataFree(Extraction):
         """What was spent."""
         if self._asking is not None:
             account = self._asking.account
-            self.spent = Spent(account.queries, account.samples, account.cost)
+            self.spent = Spent(account.queries, account.samples)
         return super().facts()
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,11 +183,160 @@ class DataFree(Extraction):
         if self._asking is None:
             if not self._run:  # another run asks about other images, and pays for itself
                 self._run = fingerprint("data-free", self.version, self.oracle.identity(), self.seed, uuid4().hex)
-            self._asking = self.oracle.client(self._run, self.budget)
+            self._asking = self.oracle.client(self._run, self.budget, self.samples_budget)
         return self._asking
 
 
-class DFME(ImageClassifier):
+class DataFreeSurrogate(ImageClassifier, ABC):
+    """A surrogate and the generator that makes its training images, for `DataFree`; a subclass says how they train.
+
+    Args:
+        backbone: See `ImageClassifier`.
+        num_classes: See `ImageClassifier`.
+        image_shape: See `ImageClassifier`.
+        mean: See `ImageClassifier`.
+        std: See `ImageClassifier`.
+        batch: Images of each update, B.
+        generator_updates: In a step, g.
+        surrogate_updates: In a step, d.
+        latent: Width of the generator's input.
+        generator_width: Channels of its last hidden layer.
+        generator_lr: Its learning rate, of Adam.
+        optimizer: Of the surrogate.
+        weights: See `ImageClassifier`.
+        channels_last: See `ImageClassifier`.
+        compile: See `ImageClassifier`.
+
+    Raises:
+        InputError: If a value is out of its range.
+    """
+
+    milestones: Sequence[float] = MILESTONES
+    modes: Sequence[str] = ("scores", "logits")
+    """Which answers it can learn from."""
+
+    def __init__(
+        self,
+        backbone: BackboneFactory,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch: int = 256,
+        generator_updates: int = 1,
+        surrogate_updates: int = 5,
+        latent: int = 100,
+        generator_width: int = 32,
+        generator_lr: float = 1e-4,
+        optimizer: OptimizerFactory = lambda parameters: torch.optim.SGD(
+            parameters, lr=0.1, momentum=0.9, weight_decay=5e-4
+        ),
+        weights: str | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            backbone, num_classes, image_shape, mean, std, optimizer, weights=weights, channels_last=channels_last,
+            compile=compile,
+        )  # fmt: skip
+        counts = {
+            "batch": batch, "generator_updates": generator_updates, "surrogate_updates": surrogate_updates,
+            "latent": latent, "generator_width": generator_width,
+        }  # fmt: skip
+        for name, value in counts.items():
+            if value < 1:
+                raise bad(name, value, "there must be 1 or more")
+        self.batch, self.generator_updates, self.surrogate_updates = batch, generator_updates, surrogate_updates
+        self.latent, self.generator_lr = latent, generator_lr
+        self.generator = Generator(latent, image_shape, generator_width)
+        self.automatic_optimization = False
+        self.steps_done = 0
+
+    @property
+    @abstractmethod
+    def cost(self) -> int:
+        """Images that a step asks about."""
+
+    @abstractmethod
+    def step(self, surrogate: Any, maker: Any, name: str) -> Tensor:
+        """Update the generator by one optimizer and the surrogate by the other; the last loss of the surrogate.
+
+        Args:
+            surrogate: The surrogate's optimizer.
+            maker: The generator's.
+            name: Of the step: what it asks and draws is named by it.
+        """
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The surrogate's, and Adam for the generator."""
+        return [self.make_optimizer(), torch.optim.Adam(self.generator.parameters(), lr=self.generator_lr)]
+
+    def on_fit_start(self) -> None:
+        """See that there is an oracle to ask, a budget for a step, and one process.
+
+        Raises:
+            InputError: If not.
+        """
+        super().on_fit_start()
+        data = self._data
+        if data.oracle.mode not in self.modes:
+            remedy = f"{type(self).__name__} needs more of an answer: choose {' or '.join(self.modes)}"
+            raise bad("oracle.mode", data.oracle.mode, remedy)
+        if self.trainer.world_size > 1:
+            raise bad("trainer.devices", self.trainer.world_size, "a step depends on the one before: use 1 process")
+        if data.affordable < self.cost:
+            queries = math.ceil(self.cost * data.oracle.per_image - 1e-9)
+            raise bad("budget", data.budget, f"a step costs {queries} queries; give more, or a smaller batch")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of steps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["dfme_steps"] = self.steps_done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the number of steps."""
+        super().on_load_checkpoint(checkpoint)
+        self.steps_done = checkpoint["dfme_steps"]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override] # it steps by itself
+        """A step of both networks; the last one that the budget allows ends the training."""
+        steps = self._data.affordable // self.cost
+        optimizers: Any = self.optimizers()
+        surrogate, maker = optimizers
+        for made in (surrogate, maker):
+            for group in made.param_groups:
+                group["lr"] = made.optimizer.defaults["lr"] * decay(self.steps_done / steps, self.milestones)
+        loss = self.step(surrogate, maker, f"step {self.steps_done}")
+        self._losses.add(loss.detach())
+        self.steps_done += 1
+        if self.steps_done >= steps:
+            self.trainer.should_stop = True
+
+    def drawn(self, name: str) -> Tensor:
+        """The generator's inputs (B, D), by seed and name."""
+        source = generator(self._data.seed, f"latent {name}")
+        return torch.randn(self.batch, self.latent, generator=source).to(self.device)
+
+    @torch.no_grad()
+    def made(self, name: str) -> Tensor:
+        """Images for the surrogate: uint8 (B, C, H, W), by seed and name."""
+        return as_bytes(self.generator(self.drawn(name)))
+
+    def answers(self, images: Tensor, request: str) -> Tensor:
+        """What the victim says of them, see `DataFree.logits`; here."""
+        return self._data.logits(images.cpu(), request).to(self.device)
+
+    @property
+    def _data(self) -> DataFree:
+        data = self._datamodule()
+        if not isinstance(data, DataFree):
+            raise InputError(
+                f"data: {type(self).__name__} makes its own images and needs DataFree, not {type(data).__name__}"
+            )
+        return data
+
+
+class DFME(DataFreeSurrogate):
     """A surrogate and the generator that makes its training images (Truong et al. 2021), for `DataFree`.
 
     Args:
@@ -229,83 +387,35 @@ class DFME(ImageClassifier):
         compile: bool = False,
     ) -> None:
         super().__init__(
-            backbone, num_classes, image_shape, mean, std, optimizer, weights=weights, channels_last=channels_last,
-            compile=compile,
+            backbone, num_classes, image_shape, mean, std, batch, generator_updates, surrogate_updates, latent,
+            generator_width, generator_lr, optimizer, weights, channels_last, compile,
         )  # fmt: skip
-        counts = {
-            "batch": batch, "generator_updates": generator_updates, "directions": directions,
-            "surrogate_updates": surrogate_updates, "latent": latent, "generator_width": generator_width,
-        }  # fmt: skip
-        for name, value in counts.items():
-            if value < 1:
-                raise bad(name, value, "there must be 1 or more")
+        if directions < 1:
+            raise bad("directions", directions, "there must be 1 or more")
         if not epsilon > 0:
             raise bad("epsilon", epsilon, "it must be above 0")
-        self.batch, self.generator_updates, self.directions = batch, generator_updates, directions
-        self.surrogate_updates, self.epsilon, self.latent = surrogate_updates, epsilon, latent
-        self.generator_lr = generator_lr
-        self.generator = Generator(latent, image_shape, generator_width)
-        self.automatic_optimization = False
-        self.steps_done = 0
+        self.directions, self.epsilon = directions, epsilon
 
     @property
     def cost(self) -> int:
-        """Queries of a step."""
+        """Images that a step asks about."""
         return self.batch * (self.generator_updates * (self.directions + 1) + self.surrogate_updates)
 
-    def configure_optimizers(self) -> list[Optimizer]:
-        """The surrogate's, and Adam for the generator."""
-        return [self.make_optimizer(), torch.optim.Adam(self.generator.parameters(), lr=self.generator_lr)]
-
-    def on_fit_start(self) -> None:
-        """See that there is an oracle to ask, a budget for a step, and one process.
-
-        Raises:
-            InputError: If not.
-        """
-        super().on_fit_start()
-        data = self._data
-        if self.trainer.world_size > 1:
-            raise bad("trainer.devices", self.trainer.world_size, "a step depends on the one before: use 1 process")
-        if data.budget < self.cost:
-            raise bad("budget", data.budget, f"a step costs {self.cost} queries; give more, or a smaller batch")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of steps."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["dfme_steps"] = self.steps_done
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the number of steps."""
-        super().on_load_checkpoint(checkpoint)
-        self.steps_done = checkpoint["dfme_steps"]
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override] # it steps by itself
-        """A step of both networks; the last one that the budget allows ends the training."""
-        steps = self._data.budget // self.cost
-        optimizers: Any = self.optimizers()
-        surrogate, maker = optimizers
-        for made in (surrogate, maker):
-            for group in made.param_groups:
-                group["lr"] = made.optimizer.defaults["lr"] * decay(self.steps_done / steps)
-        name = f"step {self.steps_done}"
+    def step(self, surrogate: Any, maker: Any, name: str) -> Tensor:
+        """The generator by forward differences, then the surrogate by L1."""
         for number in range(self.generator_updates):
             maker.zero_grad()
-            raw = self.generator(self._latent(f"{name} generator {number}"))
+            raw = self.generator(self.drawn(f"{name} generator {number}"))
             self.manual_backward(raw, gradient=-self._slope(raw.detach(), f"{name} generator {number}"))
             maker.step()
         for number in range(self.surrogate_updates):
-            with torch.no_grad():
-                images = as_bytes(self.generator(self._latent(f"{name} surrogate {number}")))
-            theirs = self._data.logits(images.cpu(), f"{name} surrogate {number}").to(self.device)
+            images = self.made(f"{name} surrogate {number}")
+            theirs = self.answers(images, f"{name} surrogate {number}")
             surrogate.zero_grad()
             loss = distance(self(images), theirs).mean()
             self.manual_backward(loss)
             surrogate.step()
-        self._losses.add(loss.detach())
-        self.steps_done += 1
-        if self.steps_done >= steps:
-            self.trainer.should_stop = True
+        return loss
 
     def _slope(self, raw: Tensor, name: str) -> Tensor:
         """The gradient of the mean distance, by forward differences."""
@@ -317,25 +427,14 @@ class DFME(ImageClassifier):
         ])  # fmt: skip
         with torch.no_grad():
             images = as_bytes(torch.cat([raw[None], raw + self.epsilon * signs]).flatten(0, 1))
-            theirs = self._data.logits(images.cpu(), name).to(self.device)
+            theirs = self.answers(images, name)
             # the statistics of BatchNorm are those of images that the surrogate is trained on
             self.net.eval()
             apart = distance(self(images), theirs).view(self.directions + 1, -1)
             self.net.train()
         return forward_difference(apart[0], apart[1:], signs, self.epsilon) / len(raw)
 
-    def _latent(self, name: str) -> Tensor:
-        source = generator(self._data.seed, f"latent {name}")
-        return torch.randn(self.batch, self.latent, generator=source).to(self.device)
 
-    @property
-    def _data(self) -> DataFree:
-        data = self._datamodule()
-        if not isinstance(data, DataFree):
-            raise InputError(f"data: DFME makes its own images and needs DataFree, not {type(data).__name__}")
-        return data
-
-
-def decay(share: float) -> float:
+def decay(share: float, milestones: Sequence[float] = MILESTONES) -> float:
     """What both learning rates are multiplied by after this share of the steps."""
-    return float(DECAY ** sum(share >= milestone for milestone in MILESTONES))
+    return float(DECAY ** sum(share >= milestone for milestone in milestones))

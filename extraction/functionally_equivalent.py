@@ -18,14 +18,18 @@ from the jumps, up to K rows wᵢ are solved for at once. With one output g is 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from classifiers.backbones import MLP
+from classifiers.classifier import ImageClassifier
 from datamodules.errors import InputError, bad
 from datamodules.random import generator
 from extraction.oracle import Client
@@ -375,6 +379,42 @@ def _finish(
     network = Network(weights, biases, solved[:-1].T, solved[-1], ask.count)
     error = float(((network(inputs[held]) - values[held]).abs() / values[held].abs().amax(1, keepdim=True)).max())
     return network if error <= 1e-5 else None
+
+
+def as_classifier(
+    network: Network, image_shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]
+) -> ImageClassifier:
+    """A recovered network as a classifier of images: an `MLP` with one hidden layer, in float64 and in eval mode.
+
+    Its weights file keeps float64. `load_classifier` takes it to float32, in which its victim was made: labels are the
+    same, and logits agree to float32's precision.
+
+    Args:
+        network: Whose inputs are normalised images, flattened.
+        image_shape: (C, H, W).
+        mean: That the victim normalises with.
+        std: See `mean`.
+
+    Raises:
+        InputError: If the network has another number of inputs, or a single output.
+    """
+    hidden, inputs = network.weights.shape
+    if inputs != math.prod(image_shape):
+        shape = "×".join(map(str, image_shape))
+        raise bad("image_shape", shape, f"the network has {inputs} inputs; give the shape of the victim's images")
+    classes = len(network.outputs)
+    if classes < 2:
+        raise bad("network", f"{classes} output", "a classifier has 2 or more; ask for all logits or scores")
+    with torch.random.fork_rng(devices=[]):  # a network is initialised before weights are put into it
+        model = ImageClassifier(partial(MLP, hidden=[hidden]), classes, image_shape, mean, std, channels_last=False)
+    first, last = (part for part in model.double().net.modules() if isinstance(part, nn.Linear))
+    with torch.no_grad():
+        for layer, weight, bias in (
+            (first, network.weights, network.biases), (last, network.outputs, network.constants),
+        ):  # fmt: skip
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    return model.eval()
 
 
 @dataclass(frozen=True)

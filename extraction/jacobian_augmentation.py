@@ -70,6 +70,7 @@ class JacobianAugmentation(Rounds):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the random choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -91,8 +92,9 @@ class JacobianAugmentation(Rounds):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, rounds, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         if not 0 < step <= 1:
             raise bad("step", step, "the step must be in (0, 1] of a pixel's range")
         for field, value in (("seeds", seeds), ("reservoir", reservoir)):
@@ -111,7 +113,7 @@ class JacobianAugmentation(Rounds):
 
     def choose(self, number: int, model: ImageClassifier, pool: ImageSet, asked: Asked) -> tuple[Tensor, Tensor]:
         """One step from each image that was asked about, or from the reservoir."""
-        left = self.budget - len(asked.ids)
+        left = self.affordable - len(asked.ids)
         rows = draw(self.seed, "jacobian reservoir", number, torch.arange(len(asked.ids)))[:, 0].argsort(stable=True)
         late = number > self.reservoir_after
         rows = rows[: min(left, self.reservoir if late else len(rows))]

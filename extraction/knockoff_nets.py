@@ -37,6 +37,7 @@ class KnockoffNets(Extraction):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the choice from the pool.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -54,8 +55,9 @@ class KnockoffNets(Extraction):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, temperature, similarity, fidelity_on, seed, samples_budget)
         if pool is not None:
             self.check_pool(pool)
         self.pool = pool
@@ -90,8 +92,8 @@ class KnockoffNets(Extraction):
     def _chosen(self) -> ImageSet:
         """The pool's images that are asked about, in order of their draw."""
         whole = self.base.train_set if self.pool is None else self.pool.train_set
-        most = int(self.budget / self.oracle.per_image)
-        return chosen(whole, draw(self.seed, "knockoff pool", 0, whole.ids)[:, 0].argsort(stable=True)[:most])
+        order = draw(self.seed, "knockoff pool", 0, whole.ids)[:, 0].argsort(stable=True)
+        return chosen(whole, order[: self.affordable])
 
     def _name(self, images: ImageSet) -> str:
         return fingerprint("knockoff", self.version, self.oracle.identity(), images.digest())

@@ -4,22 +4,33 @@ Charging, answering and watching are one transaction under the request's id: a r
 crash, or because its answer was lost on the way – gets the same answer and is not charged again. A request that does
 not fit into what is left of a budget is refused whole, and changes nothing. SQLite gives this to any number of threads
 and processes; a transaction that a kill cuts off never was.
+
+Each client has a row of running totals, so that a charge costs as much after a million requests as after one. The file
+has clients' images in it, and their owner alone may read it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.errors import InputError, bad
 
-_VERSION = 2
+State = Mapping[str, float | int | str | None]
+"""What a detector has to say of a client: numbers by name."""
+
+_VERSION = 3
 _TABLES = """
+CREATE TABLE IF NOT EXISTS clients (
+    client TEXT PRIMARY KEY, queries INTEGER NOT NULL, samples INTEGER NOT NULL, requests INTEGER NOT NULL,
+    cost REAL NOT NULL, state TEXT
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS requests (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     client TEXT NOT NULL, request TEXT NOT NULL, content TEXT NOT NULL,
@@ -27,9 +38,18 @@ CREATE TABLE IF NOT EXISTS requests (
     answer BLOB, digest TEXT, seen BLOB,
     UNIQUE (client, request)
 );
-CREATE TABLE IF NOT EXISTS samples (client TEXT NOT NULL, sample BLOB NOT NULL, PRIMARY KEY (client, sample));
+CREATE INDEX IF NOT EXISTS moments ON requests (client, at);
+CREATE INDEX IF NOT EXISTS watched ON requests (client, number) WHERE seen IS NOT NULL;
+CREATE TABLE IF NOT EXISTS samples (
+    client TEXT NOT NULL, sample BLOB NOT NULL, PRIMARY KEY (client, sample)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS flags (client TEXT PRIMARY KEY, at INTEGER NOT NULL);
 """
+_FROM_2 = """
+INSERT INTO clients SELECT client, SUM(queries), 0, COUNT(*), SUM(cost), NULL FROM requests GROUP BY client;
+UPDATE clients SET samples = (SELECT COUNT(*) FROM samples WHERE samples.client = clients.client);
+"""
+"""The totals of a file that had none; its table of samples stays as it is."""
 
 
 class BudgetError(InputError):
@@ -43,7 +63,7 @@ class Account(NamedTuple):
         queries: Images asked about, repeats counted.
         samples: Different images asked about.
         requests: Requests charged.
-        cost: Of the queries, at the price, in its currency.
+        cost: Of the queries, at the prices when they were asked, in their currency.
     """
 
     queries: int
@@ -73,6 +93,7 @@ class Entry:
         answer: The answer; None until there is one. Set it, and it is kept with the charge.
         seen: What a detector will need of it after a restart; None: nothing.
         flagged: Whether the client is flagged. Set it, and it stays so, even if the request is refused.
+        state: What a detector says of the client now; None: nothing new. Set it, and it is kept, too.
     """
 
     def __init__(
@@ -81,6 +102,7 @@ class Entry:
         self._connection, self._client = connection, client
         self.number, self.first, self.answer = number, first, answer
         self.seen: bytes | None = None
+        self.state: State | None = None
         (count,) = connection.execute("SELECT COUNT(*) FROM flags WHERE client = ?", (client,)).fetchone()
         self.flagged = bool(count)
 
@@ -120,17 +142,23 @@ class Ledger:
         self.path, self.budget, self.samples, self.price = Path(path), budget, samples, price
         self.limits: Mapping[str, int] = {}
         """Budgets of clients that have one of their own."""
+        self.sample_limits: Mapping[str, int] = {}
+        """The most different images of clients that have a limit of their own."""
         try:
+            self.path.touch(mode=0o600)  # SQLite's own files beside it get its mode
             with self._open() as connection:
+                connection.execute("BEGIN IMMEDIATE")  # one process makes the tables, the others find them
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-                if version != _VERSION and tables:
+                if version not in (2, _VERSION) and tables:
                     raise bad("ledger", str(path), f"it is of version {version} and not {_VERSION}; give another file")
-                connection.execute("BEGIN IMMEDIATE")  # one process makes the tables, the others find them
-                for statement in _TABLES.split(";"):
+                for statement in (_TABLES + (_FROM_2 if version == 2 else "")).split(";"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
-        except sqlite3.DatabaseError as error:
+            if version == 2:
+                with suppress(PermissionError):  # it may be another user's
+                    self.path.chmod(0o600)
+        except (OSError, sqlite3.DatabaseError) as error:
             raise bad("ledger", str(path), f"not a ledger ({error}); give another file") from error
 
     @contextmanager
@@ -163,6 +191,8 @@ class Ledger:
                 refused = error
             if entry.flagged:
                 connection.execute("INSERT OR IGNORE INTO flags VALUES (?, ?)", (client, entry.first))
+            if entry.state is not None:
+                self._add(connection, client, state=json.dumps(dict(entry.state)))
             if refused is None and fresh:
                 digest = None if entry.answer is None else hashlib.sha256(entry.answer).hexdigest()
                 connection.execute(
@@ -184,21 +214,22 @@ class Ledger:
     def account(self, client: str) -> Account:
         """How a client stands; all zero for one that never asked."""
         with self._open() as connection:
-            queries, samples = self._queries(connection, client), self._samples(connection, client)
-            requests, cost = connection.execute(
-                "SELECT COUNT(*), COALESCE(SUM(cost), 0) FROM requests WHERE client = ?", (client,)
-            ).fetchone()
-        return Account(queries, samples, int(requests), float(cost))
+            return self._account(connection, client)
 
     def left(self, client: str) -> int | None:
         """Queries that a client may still ask; None: any number."""
         most = self._budget(client)
         return None if most is None else max(0, most - self.account(client).queries)
 
+    def samples_left(self, client: str) -> int | None:
+        """Different images that a client may still ask about; None: any number."""
+        most = self._most_samples(client)
+        return None if most is None else max(0, most - self.account(client).samples)
+
     def clients(self) -> list[str]:
         """All that ever asked, or were flagged, in alphabetical order."""
         with self._open() as connection:
-            rows = connection.execute("SELECT client FROM requests UNION SELECT client FROM flags ORDER BY 1")
+            rows = connection.execute("SELECT client FROM clients UNION SELECT client FROM flags ORDER BY 1")
             return [str(row[0]) for row in rows]
 
     def flagged_at(self, client: str) -> int | None:
@@ -206,6 +237,21 @@ class Ledger:
         with self._open() as connection:
             row = connection.execute("SELECT at FROM flags WHERE client = ?", (client,)).fetchone()
         return None if row is None else int(row[0])
+
+    def state(self, client: str) -> State:
+        """What a detector said of a client, whichever process it was in; empty where none has seen it."""
+        with self._open() as connection:
+            row = connection.execute("SELECT state FROM clients WHERE client = ?", (client,)).fetchone()
+        found: State = {} if row is None or row[0] is None else json.loads(row[0])
+        return found
+
+    def answered(self, client: str, request: str) -> bool:
+        """Whether a request was charged before, so that it is answered again for nothing."""
+        with self._open() as connection:
+            row = connection.execute(
+                "SELECT 1 FROM requests WHERE client = ? AND request = ?", (client, request)
+            ).fetchone()
+        return row is not None
 
     def since(self, client: str, moment: float) -> int:
         """Queries charged to a client since a moment, in seconds since 1970: what a rate limit counts."""
@@ -217,6 +263,9 @@ class Ledger:
 
     def _budget(self, client: str) -> int | None:
         return self.limits.get(client, self.budget)
+
+    def _most_samples(self, client: str) -> int | None:
+        return self.sample_limits.get(client, self.samples)
 
     def _enter(
         self, connection: sqlite3.Connection, client: str, request: str, whole: str, contents: list[bytes]
@@ -233,15 +282,17 @@ class Ledger:
             if answer is not None and hashlib.sha256(answer).hexdigest() != digest:
                 raise bad("ledger", str(self.path), f"the answer to {request!r} is damaged; delete the file")
             return Entry(connection, client, int(number), int(first), answer), False
-        spent = self._queries(connection, client)
+        account = self._account(connection, client)
+        spent = account.queries
         self._refuse("budget", "queries", self._budget(client), spent, len(contents))
-        before = 0 if self.samples is None else self._samples(connection, client)
+        before = connection.total_changes
         connection.executemany(
             "INSERT OR IGNORE INTO samples VALUES (?, ?)", ((client, content) for content in contents)
         )
-        if self.samples is not None:
-            self._refuse("samples", "samples", self.samples, before, self._samples(connection, client) - before)
+        new = connection.total_changes - before
+        self._refuse("samples", "samples", self._most_samples(client), account.samples, new)
         cost = len(contents) * self.price / 1000
+        self._add(connection, client, len(contents), new, 1, cost)
         cursor = connection.execute(
             "INSERT INTO requests (client, request, content, first, queries, cost, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (client, request, whole, spent, len(contents), cost, time.time()),
@@ -257,15 +308,30 @@ class Ledger:
             )
 
     @staticmethod
-    def _queries(connection: sqlite3.Connection, client: str) -> int:
+    def _account(connection: sqlite3.Connection, client: str) -> Account:
         row = connection.execute(
-            "SELECT COALESCE(SUM(queries), 0) FROM requests WHERE client = ?", (client,)
+            "SELECT queries, samples, requests, cost FROM clients WHERE client = ?", (client,)
         ).fetchone()
-        return int(row[0])
+        return Account(0, 0, 0, 0.0) if row is None else Account(*row)
 
     @staticmethod
-    def _samples(connection: sqlite3.Connection, client: str) -> int:
-        return int(connection.execute("SELECT COUNT(*) FROM samples WHERE client = ?", (client,)).fetchone()[0])
+    def _add(
+        connection: sqlite3.Connection,
+        client: str,
+        queries: int = 0,
+        samples: int = 0,
+        requests: int = 0,
+        cost: float = 0.0,
+        state: str | None = None,
+    ) -> None:
+        """Add to a client's totals; a state replaces the one before."""
+        connection.execute(
+            "INSERT INTO clients VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (client) DO UPDATE SET "
+            "queries = queries + excluded.queries, samples = samples + excluded.samples, "
+            "requests = requests + excluded.requests, cost = cost + excluded.cost, "
+            "state = COALESCE(excluded.state, state)",
+            (client, queries, samples, requests, cost, state),
+        )
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -98,6 +98,9 @@ class Oracle(ABC):
     per_image: float = 1.0
     """Queries that an image costs: more where `extraction.countermeasures` asks more than once, or pads."""
 
+    samples_per_image: float = 1.0
+    """Different images that it costs: more where others are asked about with it."""
+
     def __init__(self, mode: str = "scores", k: int | None = None) -> None:
         check_mode(mode, k)
         self.mode, self.k = mode, k
@@ -115,8 +118,12 @@ class Oracle(ABC):
         """
 
     @abstractmethod
-    def client(self, name: str, budget: int | None = None) -> Client:
-        """Someone who asks, under a name of his own in the ledger, with a budget in queries."""
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> Client:
+        """Someone who asks, under a name of his own in the ledger, with a budget in queries and one in samples."""
+
+    @abstractmethod
+    def cost(self, queries: int) -> float:
+        """What so many queries cost, at its price."""
 
     @abstractmethod
     def evaluator(self) -> Client | None:
@@ -135,7 +142,7 @@ class InProcessOracle(Oracle):
         price: Of a thousand queries.
         batch_size: Of each model call.
         device: Where the victim works, such as ``cpu``; None: on a GPU, if there is one.
-        precision: Its number type: ``float32``, ``float64`` or ``bfloat16``.
+        precision: Its number type when it answers attackers: ``float32``, ``float64`` or ``bfloat16``.
 
     Raises:
         InputError: If a value is wrong.
@@ -198,13 +205,18 @@ class InProcessOracle(Oracle):
             raise bad(*self.named, f"this victim is for {made}; choose one for these data")
         check_mode(self.mode, self.k, num_classes)
 
-    def client(self, name: str, budget: int | None = None) -> LocalClient:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> LocalClient:
         """Someone who asks; his ledger is a file of his own, so that runs do not wait for each other."""
-        return LocalClient(self.service(Ledger(ledgers_folder() / f"{name}.sqlite", budget, price=self.price)), name)
+        ledger = Ledger(ledgers_folder() / f"{name}.sqlite", budget, samples, self.price)
+        return LocalClient(self.service(ledger), name)
+
+    def cost(self, queries: int) -> float:
+        """What so many queries cost, at its price."""
+        return queries * self.price / 1000
 
     def evaluator(self) -> LocalClient:
         """Whoever measures fidelity, on ledgers of the oracle's own."""
-        ledger = Ledger(ledgers_folder() / f"evaluation-{self.identity()}.sqlite")
+        ledger = Ledger(ledgers_folder() / f"undefended-{self.identity()}.sqlite")
         return LocalClient(self.evaluation(ledger), "evaluation")
 
     def service(self, ledger: Ledger) -> Service:
@@ -215,7 +227,7 @@ class InProcessOracle(Oracle):
         )  # fmt: skip
 
     def evaluation(self, ledger: Ledger) -> Service:
-        """What answers evaluators, on a ledger: all scores, undefended and unwatched."""
+        """What answers evaluators, on a ledger: all scores, undefended, unwatched, in the victim's own precision."""
         domain = Domain(self.made_for()[1])
         return Service(self._victim, ledger, batch_size=self.batch_size, domain=domain, device=self._place)
 

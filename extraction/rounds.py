@@ -57,6 +57,7 @@ class Rounds(Extraction):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of all choices.
+        samples_budget: See `Extraction`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -73,8 +74,9 @@ class Rounds(Extraction):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, temperature, similarity, fidelity_on, seed, samples_budget)
         if rounds < 1:
             raise bad("rounds", rounds, "give their number, 1 or more")
         if pool is not None:
@@ -213,7 +215,7 @@ class Rounds(Extraction):
         if not self._run:  # another run of the same config chooses by another surrogate, and pays for itself
             own = "" if self.trainer is None else str(self.trainer.strategy.broadcast(uuid4().hex))
             self._run = fingerprint(type(self).__name__, self.version, self.oracle.identity(), self._images().digest(),
-                                    self.budget, self.rounds, self.seed, own)  # fmt: skip
+                                    self.budget, self.samples_budget, self.rounds, self.seed, own)  # fmt: skip
         key = {"client": self._run, "round": number}
         made = load_tensors(Store().build("queries", key, partial(self._choose, number)) / "queries.safetensors")
         images, ids = made["images"], made["ids"]
@@ -232,7 +234,7 @@ class Rounds(Extraction):
             images, ids = self.choose(number, model, self._images(), self._so_far())
             model.train(training)
         spent = sum(len(part.ids) for part in self._asked)
-        room = self.budget - spent
+        room = self.affordable - spent
         save_tensors(
             folder / "queries.safetensors", {"images": images[:room].contiguous(), "ids": ids[:room].contiguous()}
         )

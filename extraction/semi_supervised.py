@@ -48,6 +48,7 @@ class SemiSupervised(KnockoffNets):
         similarity: See `Extraction`.
         fidelity_on: See `Extraction`.
         seed: Of the choice from the pool.
+        samples_budget: See `KnockoffNets`.
 
     Raises:
         InputError: If a value is out of its range, or pool, victim and task do not fit together.
@@ -67,8 +68,9 @@ class SemiSupervised(KnockoffNets):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
-        super().__init__(base, oracle, budget, pool, temperature, similarity, fidelity_on, seed)
+        super().__init__(base, oracle, budget, pool, temperature, similarity, fidelity_on, seed, samples_budget)
         for field, size in (("labelled_batch", labelled_batch), ("unlabelled_batch", unlabelled_batch)):
             if size < 1:
                 raise bad(field, size, "a batch has 1 row or more of each kind")

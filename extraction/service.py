@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from datamodules.errors import InputError, bad, did_you_mean
 from extraction.answers import Answers, check_mode, pack, reveal, unpack
 from extraction.defences.detector import Detector
 from extraction.defences.perturbation import Perturbation
-from extraction.ledger import Entry, Ledger, Refused
+from extraction.ledger import Entry, Ledger, Refused, State
 
 Model = Callable[[Tensor], Tensor]
 """Images of the domain (N, …) → logits (N, K)."""
@@ -65,7 +66,8 @@ class Service:
         batch_size: Of each model call.
         domain: Known of a classifier, needed for a function.
         device: Where a classifier or module works; None: where it is.
-        precision: Its number type: ``float32``, ``float64`` or ``bfloat16``; None: as it is.
+        precision: Its number type: ``float32``, ``float64`` or ``bfloat16``; None: as it is. Where it is another than
+            the module's own, a copy answers.
 
     Raises:
         InputError: If a value is wrong.
@@ -90,7 +92,10 @@ class Service:
             types = {None: None, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
             if precision not in types:
                 raise bad("precision", precision, "choose float32, float64 or bfloat16")
-            model.eval().requires_grad_(False).to(device=device, dtype=types[precision])
+            kind = types[precision]
+            if any(part.is_floating_point() and part.dtype != kind for part in model.state_dict().values() if kind):
+                model = deepcopy(model)  # others ask the same module, in its own precision
+            model.eval().requires_grad_(False).to(device=device, dtype=kind)
         if isinstance(model, ImageClassifier):
             domain = domain or Domain(model.image_shape)
         if domain is None:
@@ -112,7 +117,7 @@ class Service:
 
         Args:
             client: Who asks.
-            images: Of the domain: (N, …).
+            images: Of the domain: (N, …); real ones are finite.
             request: The request's id.
 
         Returns:
@@ -128,30 +133,33 @@ class Service:
             raise InputError(
                 f"images: {kind} (N, {shape}) are this oracle's domain, not {images.dtype} {tuple(images.shape)}"
             )
+        if images.dtype.is_floating_point and not bool(images.isfinite().all()):
+            raise InputError("images: NaN or infinite values are in them; send finite ones")
         contents = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu().contiguous()]
-        try:
-            with self.ledger.request(client, request, contents) as entry:
-                shown = f"{self.mode} {self.k}\n".encode()
-                if entry.answer is None:
-                    self.__refuse(client, entry)
-                    entry.answer = shown + pack(**self.__work(client, images, contents, entry)._asdict())
-                if not entry.answer.startswith(shown):  # a service of more modest a mode shows no more than that
-                    raise bad("request", request, "it was answered in another mode; give a new id")
-                return Answers(**unpack(entry.answer[len(shown) :]))
-        except BaseException:
-            self.__watching.pop(client, None)  # it may have seen what was undone: it starts again from the ledger
-            raise
+        watching: list[Detector] = []
+        with self.ledger.request(client, request, contents) as entry:
+            shown = f"{self.mode} {self.k}\n".encode()
+            if entry.answer is None:
+                self.__refuse(client, entry)
+                entry.answer = shown + pack(**self.__work(client, images, contents, entry, watching)._asdict())
+            if not entry.answer.startswith(shown):  # a service of more modest a mode shows no more than that
+                raise bad("request", request, "it was answered in another mode; give a new id")
+            answers = Answers(**unpack(entry.answer[len(shown) :]))
+        for detector in watching:  # what it saw is in the ledger
+            self.__watching[client] = (detector, entry.number)
+        return answers
 
-    def state(self, client: str) -> dict[str, float | int | str | None]:
-        """What the client's detector has to say, as far as this process has watched; empty without a detector."""
-        watching = self.__watching.get(client)
-        return {} if watching is None else watching[0].state()
+    def state(self, client: str) -> State:
+        """What detectors have to say of a client, in whichever process; empty where none has seen it."""
+        return self.ledger.state(client)
 
-    def __work(self, client: str, images: Tensor, contents: list[bytes], entry: Entry) -> Answers:
+    def __work(
+        self, client: str, images: Tensor, contents: list[bytes], entry: Entry, watching: list[Detector]
+    ) -> Answers:
         logits = self.__logits(images, contents)
         scores = logits.softmax(1)
         if self.__detector is not None and not entry.flagged:
-            self.__watch(client, images, scores, entry)
+            watching.append(self.__watch(client, images, scores, entry))
             self.__refuse(client, entry)
         numbers = torch.arange(entry.first, entry.first + len(images))
         if entry.flagged and self.response == "degrade":
@@ -166,15 +174,20 @@ class Service:
         if entry.flagged and self.response == "refuse":
             raise FlaggedError(f"client {client!r}: its queries look like an attack, and no more are answered")
 
-    def __watch(self, client: str, images: Tensor, scores: Tensor, entry: Entry) -> None:
-        """Bring the client's detector up to what the ledger has, whichever process answered it, and show it these."""
+    def __watch(self, client: str, images: Tensor, scores: Tensor, entry: Entry) -> Detector:
+        """Bring the client's detector up to what the ledger has, whichever process answered it, and show it these.
+
+        It is taken out while it looks: if the request is undone, the next one starts again from the ledger. Requests
+        that are refused before – too large, of a wrong shape – leave it where it is.
+        """
         assert self.__detector is not None
-        detector, last = self.__watching.get(client) or (self.__detector.fresh(), 0)
+        detector, last = self.__watching.pop(client, (self.__detector.fresh(), 0))
         for seen in entry.watched(last):
             detector.observe(**unpack(seen.content))
         entry.flagged = detector.observe(images.cpu(), scores)
         entry.seen = pack(images=images.cpu(), scores=scores)
-        self.__watching[client] = (detector, entry.number)
+        entry.state = detector.state()
+        return detector
 
     @torch.inference_mode()
     def __logits(self, images: Tensor, contents: list[bytes]) -> Tensor:

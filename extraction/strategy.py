@@ -78,11 +78,10 @@ SIMILARITIES = ("kl", "total_variation", "top_k")
 
 
 class Spent(NamedTuple):
-    """What a strategy's answers have cost."""
+    """What a strategy has asked: queries, and different images."""
 
     queries: int
     samples: int
-    cost: float
 
 
 class Extraction(Rewrite):
@@ -96,6 +95,8 @@ class Extraction(Rewrite):
         similarity: What is measured of the surrogate's scores beside equal labels: one of `SIMILARITIES`.
         fidelity_on: More sets on whose test images fidelity is measured, by name; their labels are not looked at.
         seed: Of all choices.
+        samples_budget: Different images that the victim is asked about, at most; None: any number. Where it is less
+            than the budget pays for, so many fewer are asked about.
 
     Raises:
         InputError: If a value is out of its range, or victim and task do not fit together.
@@ -112,16 +113,23 @@ class Extraction(Rewrite):
         similarity: str = "kl",
         fidelity_on: Mapping[str, ImageDataModule] | None = None,
         seed: int = 0,
+        samples_budget: int | None = None,
     ) -> None:
         super().__init__(base)
         if budget < 1:
             raise bad("budget", budget, "give the number of queries, 1 or more")
+        if budget < oracle.per_image - 1e-9:
+            raise bad("budget", budget, f"an image costs {oracle.per_image:g} queries; give so many or more")
+        if samples_budget is not None and samples_budget < oracle.samples_per_image - 1e-9:
+            least = f"{oracle.samples_per_image:g} or more"
+            raise bad("samples_budget", samples_budget, f"give the number of different images, {least}")
         if not temperature > 0:
             raise bad("temperature", temperature, "it must be above 0")
         if similarity not in SIMILARITIES:
             hint = did_you_mean(similarity, SIMILARITIES)
             raise bad("similarity", similarity, f"choose one of {', '.join(SIMILARITIES)}{hint}")
         self.oracle, self.budget, self.temperature, self.seed = oracle, budget, temperature, seed
+        self.samples_budget = samples_budget
         self.similarity = similarity
         self.others = dict(fidelity_on or {})
         for name, other in self.others.items():
@@ -132,6 +140,14 @@ class Extraction(Rewrite):
         self._evaluated: dict[str, list[Evaluation]] = {}
 
     # --- for the subclass --------------------------------------------------------------------------------------------
+    @property
+    def affordable(self) -> int:
+        """Images that both budgets allow; see `Oracle.per_image`."""
+        paid = int(self.budget / self.oracle.per_image + 1e-9)  # 1 / (1 − 0.8) is a bit more than 5
+        if self.samples_budget is None:
+            return paid
+        return min(paid, int(self.samples_budget / self.oracle.samples_per_image + 1e-9))
+
     def check_pool(self, pool: ImageDataModule, field: str = "pool") -> None:
         """Refuse images that the victim does not take.
 
@@ -156,8 +172,7 @@ class Extraction(Rewrite):
             key = {"client": client, "name": name, "chunk": number}
             made = store.build("answers", key, partial(self._query, images, rows, client, f"{name} {number}"))
             found = load_tensors(made / "answers.safetensors")
-            queries, samples, cost = found.pop("account").tolist()
-            self.spent = Spent(int(queries), int(samples), cost)
+            self.spent = Spent(*found.pop("account").long().tolist()[:2])  # older files have a cost besides
             parts.append(Answers(**found))
         return Answers(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -192,17 +207,19 @@ class Extraction(Rewrite):
         return [*self.base.evaluations(split), *self._evaluated[split]]
 
     def facts(self) -> Facts:
-        """What was spent."""
-        spent = {} if self.spent is None else self.spent._asdict()
+        """What was spent, at the price of now: answers of the store were perhaps got at another."""
+        spent: Facts = {}
+        if self.spent is not None:
+            spent = {**self.spent._asdict(), "cost": self.oracle.cost(self.spent.queries)}
         return {**self.base.facts(), "answer_mode": self.oracle.mode, **spent}
 
     def _query(self, images: ImageSet, rows: Tensor, client: str, request: str, folder: Path) -> None:
         if self._client is None or self._client[0] != client:
-            self._client = (client, self.oracle.client(client, self.budget))
+            self._client = (client, self.oracle.client(client, self.budget, self.samples_budget))
         asked = self._client[1]
         answers = asked.query(images.images_at(rows), request)
         account: Account = asked.account
-        counts = torch.tensor([account.queries, account.samples, account.cost], dtype=torch.float64)
+        counts = torch.tensor([account.queries, account.samples])
         tensors = {name: part.contiguous() for name, part in answers._asdict().items()}
         save_tensors(folder / "answers.safetensors", {**tensors, "account": counts})
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from classifiers.classifier import ImageClassifier
-from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.imageset import ImageSet
 from datamodules.measures import wilson
 from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit, loaded, start_config
@@ -41,6 +41,7 @@ def surrogate(
     variants: Mapping[str, Mapping[str, Any] | None] | None = None,
     steps: int | None = None,
     pretrained: str | None = None,
+    far: str | None = None,
     **victims: Any,
 ) -> list[dict[str, Any]]:
     """Train a surrogate on a victim's answers, and measure it on the task's test images.
@@ -58,10 +59,12 @@ def surrogate(
         steps: Of the optimizer, at least: whole epochs; of each round where there are several, counted with all of the
             budget: earlier rounds have fewer images, and fewer steps. None: the config's epochs.
         pretrained: Weights that the surrogate starts from, where its config takes any.
+        far: A YAML of images of the same shape that are none of the task's; None: fidelity on such is not measured.
         victims: Grid values that belong to the victim and have done their work.
 
     Returns:
-        One row. ``boundary_fidelity`` is fidelity on the test images nearest to the victim's boundary.
+        One row. ``fidelity`` is on all test images, ``boundary_fidelity`` on those nearest to the victim's boundary,
+        ``far_fidelity`` on the test images of `far`.
 
     Raises:
         InputError: If there is no such variant, or the configs describe something else.
@@ -79,18 +82,27 @@ def surrogate(
     model = fit(line, data, None if steps is None else epochs_for(steps, data))
     data.setup("test")
     victim, test = loaded(weights), data.test_set
-    guessed, truth = _logits(model, data), _logits(victim, data)
+    guessed, truth = _logits(model, test), _logits(victim, test)
     same = guessed.argmax(1) == truth.argmax(1)
     best = truth.softmax(1).topk(2, dim=1).values
     near = (best[:, 0] - best[:, 1]).argsort(stable=True)[: max(1, round(NEAR_BOUNDARY * len(test)))]
     distance = Similarity("kl")
     distance.update(guessed, truth.softmax(1))
     assert data.spent is not None
+    elsewhere = {}
+    if far is not None:
+        other = read_source(far)
+        data.check_pool(other, "far")
+        other.prepare_data()
+        other.setup("test")
+        agreed = _logits(model, other.test_set).argmax(1) == _logits(victim, other.test_set).argmax(1)
+        elsewhere["far_fidelity"] = _share(agreed)
     return [
         {
             "accuracy": _share(guessed.argmax(1) == test.labels),
             "fidelity": _share(same),
             "boundary_fidelity": _share(same[near]),
+            **elsewhere,
             "kl": float(distance.compute()),
             "victim_accuracy": _share(truth.argmax(1) == test.labels),
             "queries": data.spent.queries,
@@ -113,7 +125,7 @@ def epochs_for(steps: int, data: Extraction) -> int:
     if steps < 1:
         raise bad("steps", steps, "give their number, 1 or more")
     if isinstance(data, Rounds):  # what the last round trains on is not known before
-        batches, rounds = max(1, data.budget // data.loading.batch_size), data.rounds
+        batches, rounds = max(1, data.affordable // data.loading.batch_size), data.rounds
     else:
         data.prepare_data()
         data.setup("fit")
@@ -143,7 +155,7 @@ def equivalent(
     data.prepare_data()
     data.setup("test")
     (found,) = recover(folder, seed, weights=weights, source=source, answers=mode)
-    own = _share(_logits(loaded(weights), data).argmax(1) == data.test_set.labels)
+    own = _share(_logits(loaded(weights), data.test_set).argmax(1) == data.test_set.labels)
     row = {"victim_accuracy": own, "failure": found["failure"]}
     if not found["recovered"]:
         return [row]
@@ -152,11 +164,11 @@ def equivalent(
 
 
 @torch.no_grad()
-def _logits(model: ImageClassifier, data: ImageDataModule) -> Tensor:
-    """Of the test images, on the CPU."""
-    test, model = data.test_set, model.eval()
-    parts = torch.arange(len(test)).split(_BATCH)
-    return torch.cat([model(test.images_at(part).to(model.device)).cpu() for part in parts])
+def _logits(model: ImageClassifier, images: ImageSet) -> Tensor:
+    """Of all images, on the CPU."""
+    model = model.eval()
+    parts = torch.arange(len(images)).split(_BATCH)
+    return torch.cat([model(images.images_at(part).to(model.device)).cpu() for part in parts])
 
 
 def _share(hits: Tensor) -> dict[str, Any]:

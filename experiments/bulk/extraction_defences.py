@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from classifiers.backbones import SmallCNN
@@ -19,7 +20,7 @@ from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad, did_you_mean
 from datamodules.imageset import ImageSet
 from datamodules.measures import wilson
-from datamodules.random import generator
+from datamodules.random import derive, generator
 from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit, loaded, start_config
 from experiments.cli import CommandLine
@@ -30,8 +31,11 @@ from extraction.defences.detector import Detector
 from extraction.defences.honest import honest_cost
 from extraction.defences.out_of_distribution import calibrated
 from extraction.defences.perturbation import in_padded_batches
+from extraction.defences.prediction_poisoning import random_network
+from extraction.jacobian_augmentation import JacobianAugmentation
 from extraction.ledger import Ledger
-from extraction.oracle import LocalOracle, Oracle
+from extraction.oracle import Client, LocalClient, LocalOracle, Oracle
+from extraction.rounds import Asked
 from extraction.strategy import Extraction
 
 _BATCH = 128
@@ -247,9 +251,12 @@ def detection(
         benign_share: Its limit.
 
     Returns:
-        A row for each kind of stream; for Sybils, n counts the clients of all trials, four each. ``judged`` is the
-        number of streams that were long enough for a verdict: where it is 0, not to be flagged says nothing. Streams
-        of a kind are drawn from the same test images, so they are not independent, and intervals are too narrow.
+        A row for each kind of stream. Jacobian augmentation asks an oracle with this detector, and what that says is
+        read from its ledger, up to the flag; hidden among benign images or dealt out, the same queries are shown to new
+        detectors: the answers, and so the attack, would be the same. For Sybils, n counts the clients of all trials,
+        four each. ``judged`` is the number of streams that were long enough for a verdict: where it is 0, not to be
+        flagged says nothing. Streams of a kind are drawn from the same test images, so they are not independent, and
+        intervals are too narrow.
 
     Raises:
         InputError: If there is no such detector.
@@ -268,10 +275,21 @@ def detection(
     if detector not in makers:
         raise bad("detector", detector, f"choose one of {', '.join(makers)}{did_you_mean(detector, makers)}")
     blank = makers[detector]()
-    streams = _streams(victim, data, far, length, users, trials, seeds, step, seed)
+    attacks, judged = [], []
+    for number in range(trials):
+        oracle = LocalOracle(weights, "label", detector=blank.fresh())
+        attack = JacobianAugmentation(
+            data, oracle, length, seeds, _rounds(seeds, length), step, seed=derive(seed, "streams", number)
+        )
+        path = folder / f"jacobian {number}.sqlite"
+        client = LocalClient(oracle.service(Ledger(path)))
+        attacks.append(jacobian_stream(attack, client, data.test_set, classes=data.num_classes, seed=attack.seed))
+        judged.append(dict(client.service.state(client.name)))
+        path.unlink()
+    streams = _streams(data, attacks, far, length, users, trials, seed)
     rows = []
     for name, parts in streams.items():
-        found = [_watched(blank.fresh(), victim, part) for part in parts]
+        found = judged if name == "JbDA" else [_watched(blank.fresh(), victim, part) for part in parts]
         flagged = sorted(int(state["flagged_at"]) for state in found if state["flagged_at"] is not None)
         statistic = "smallest_w" if detector == "prada" else "smallest_p"
         rows.append(
@@ -299,14 +317,12 @@ def _judged(state: Mapping[str, Any]) -> bool:
 
 
 def _streams(
-    victim: ImageClassifier,
     data: ImageDataModule,
+    attacks: list[Tensor],
     far: str | None,
     length: int,
     users: int,
     trials: int,
-    seeds: int,
-    step: float,
     seed: int,
 ) -> dict[str, list[Tensor]]:
     images, classes = _images(data.test_set), data.test_set.labels
@@ -335,13 +351,6 @@ def _streams(
         other.setup("test")
         pool = _images(other.test_set)
         found["other images"] = [some(pool, length, "other images", number) for number in range(trials)]
-    attacks = [
-        jacobian_stream(
-            lambda part: _answers(victim, part).argmax(1), some(images, seeds, "seeds", n), length, step, seed + n,
-            data.num_classes,
-        )
-        for n in range(trials)
-    ]  # fmt: skip
     found["JbDA"] = attacks
     for share in (0.5, 0.8):
         found[f"JbDA, {share:.0%} benign"] = [
@@ -351,50 +360,58 @@ def _streams(
     return found
 
 
-def jacobian_stream(
-    ask: Callable[[Tensor], Tensor], seeds: Tensor, length: int, step: float, seed: int, classes: int
-) -> Tensor:
-    """What Jacobian-based augmentation asks, in order (Papernot et al. 2017): x + λ sign ∂F_c / ∂x, doubled each round.
+def jacobian_stream(attack: JacobianAugmentation, client: Client, pool: ImageSet, *, classes: int, seed: int) -> Tensor:
+    """What an attack by Jacobian augmentation asks a client, in order: its own choices, round by round.
 
-    The surrogate is a SmallCNN, trained from scratch at each round, for 100 steps of Adam.
+    The rounds are driven here and not by a Trainer: a stream needs no measured surrogate, so that each round's has a
+    hundred steps of Adam from scratch, and the images are test images, which no pool has.
 
     Args:
-        ask: uint8 images → the victim's classes.
-        seeds: uint8 (S, C, H, W).
-        length: Queries, at most.
-        step: λ, pixels in [0, 1].
-        seed: Of the surrogate.
+        attack: Whose seeds, steps and budget these are; it has as many rounds as that takes.
+        client: Who asks; its detector sees each round.
+        pool: What the seeds are drawn from.
         classes: K.
+        seed: Of the surrogates.
 
     Returns:
-        uint8 (length, C, H, W).
+        uint8 (N, C, H, W): as many as the budget pays for, or fewer where the rounds are too few.
     """
-    asked, known = seeds[:length], ask(seeds[:length])
-    number = 0
-    while len(asked) < length:
-        net = _surrogate(asked, known, classes, seed, number)
-        inputs = (asked.float() / 255).requires_grad_()
-        chosen = net(2 * inputs - 1).gather(1, known[:, None]).sum()
-        (slope,) = torch.autograd.grad(chosen, [inputs])
-        new = ((inputs.detach() + step * slope.sign()).clamp(0, 1) * 255).round().byte()[: length - len(asked)]
-        asked, known = torch.cat([asked, new]), torch.cat([known, ask(new)])
-        number += 1
-    return asked
+    parts: list[Asked] = []
+    for number in range(attack.rounds):
+        left = attack.affordable - sum(len(part.ids) for part in parts)
+        if not left:
+            break
+        if number == 0:
+            images, ids = attack.first(pool)
+        else:
+            so_far = Asked(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            images, ids = attack.choose(number, _surrogate(so_far, classes, seed, number), pool, so_far)
+        images = images[:left]
+        known = labels(client.query(images, f"round {number}"))
+        parts.append(Asked(images, ids[: len(images)], known, known))
+    return torch.cat([part.images for part in parts])
 
 
-def _surrogate(images: Tensor, known: Tensor, classes: int, seed: int, number: int) -> nn.Module:
-    from extraction.defences.prediction_poisoning import random_network
-
-    net = random_network(classes, tuple(images.shape[1:]), seed).requires_grad_(True).train()
-    assert isinstance(net, SmallCNN)
-    private, optimizer = generator(seed, "jacobian", number), torch.optim.Adam(net.parameters(), lr=1e-3)
+def _surrogate(asked: Asked, classes: int, seed: int, number: int) -> ImageClassifier:
+    """A SmallCNN after 100 steps of Adam."""
+    channels, height, width = asked.images.shape[1:]
+    with torch.random.fork_rng(devices=[]):  # a network is initialised before weights are put into it
+        model = ImageClassifier(SmallCNN, classes, (channels, height, width), [0.5] * channels, [0.5] * channels)
+    model.net.load_state_dict(random_network(classes, (channels, height, width), seed).state_dict())
+    model.requires_grad_(True).train()
+    private, optimizer = generator(seed, "jacobian", number), torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(100):
-        rows = torch.randint(len(images), (64,), generator=private)
-        loss = F.cross_entropy(net(images[rows].float() / 127.5 - 1), known[rows])
+        rows = torch.randint(len(asked.ids), (64,), generator=private)
+        loss = F.cross_entropy(model(asked.images[rows]), asked.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return net.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _rounds(seeds: int, length: int) -> int:
+    """The rounds that make so many images of so many seeds: the last ones steps from the reservoir alone."""
+    return 1 + max(0, math.ceil(math.log2(max(1.0, length / seeds)))) + length // 400
 
 
 def _images(some: ImageSet) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from classifiers.classifier import load_classifier
+from classifiers.weights import WEIGHTS
 from datamodules.errors import bad
 from datamodules.measures import wilson
 from datamodules.random import generator
 from experiments import rundir
 from experiments.bulk.end_to_end import read_source
 from extraction.defences import Rounding
-from extraction.functionally_equivalent import ExtractionError, Network, Query, certify, extract, through
+from extraction.functionally_equivalent import ExtractionError, Network, Query, as_classifier, certify, extract, through
 from extraction.ledger import BudgetError, Ledger
 from extraction.oracle import LocalClient
 from extraction.service import Domain, Service
@@ -35,7 +36,8 @@ def recover(
     """Attack one network, and compare what was recovered with it.
 
     Args:
-        folder: Of the cell; ``certificate.json`` goes there.
+        folder: Of the cell; ``certificate.json`` goes there, and, where all logits or scores were answered, the network
+            as a classifier, ``weights.safetensors``.
         seed: Of the attack's lines.
         weights: Of an MLP with one hidden layer; its weights are taken to float64, and its input is what comes after
             normalisation, any real number.
@@ -96,6 +98,9 @@ def recover(
         shown = lambda x: truth(x) - truth(x).mean(1, keepdim=True)  # noqa: E731
     certificate = certify(found, shown, inputs)
     rundir.write_json(folder / "certificate.json", asdict(certificate))
+    if answers != "one_logit":  # which alone names no class
+        made = model.architecture
+        as_classifier(found, made.image_shape, made.mean, made.std).save(folder / WEIGHTS)
     row |= {
         "recovered": 1,
         "failure": "",

@@ -21,11 +21,16 @@ from datamodules.errors import InputError, bad, did_you_mean
 ROLES = ("attacker", "evaluation", "admin")
 """Who asks for money; who measures fidelity, undefended and without a budget; who looks at the status page."""
 
+RATE = 60_000
+"""Queries in a minute that `lightning serve` gives a key for which nobody names a rate."""
+
 _TABLE = """
 CREATE TABLE IF NOT EXISTS keys (
-    name TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE, role TEXT NOT NULL, budget INTEGER, rate INTEGER
+    name TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE, role TEXT NOT NULL, budget INTEGER, rate INTEGER,
+    samples INTEGER
 )
 """
+_COLUMNS = "name, role, budget, rate, samples"
 
 
 class Key(NamedTuple):
@@ -36,12 +41,14 @@ class Key(NamedTuple):
         role: One of `ROLES`.
         budget: The most queries; None: no limit.
         rate: The most queries in a minute; None: no limit.
+        samples: The most different images; None: no limit.
     """
 
     name: str
     role: str
     budget: int | None
     rate: int | None
+    samples: int | None = None
 
 
 class Keys:
@@ -60,10 +67,19 @@ class Keys:
             self.path.touch(mode=0o600)
             with self._open() as connection:
                 connection.execute(_TABLE)
+                if "samples" not in {row[1] for row in connection.execute("PRAGMA table_info(keys)")}:
+                    connection.execute("ALTER TABLE keys ADD COLUMN samples INTEGER")  # an older file
         except (OSError, sqlite3.DatabaseError) as error:
             raise bad("keys", str(path), f"not a file of keys ({error}); give another ledger") from error
 
-    def create(self, name: str, role: str = "attacker", budget: int | None = None, rate: int | None = None) -> str:
+    def create(
+        self,
+        name: str,
+        role: str = "attacker",
+        budget: int | None = None,
+        rate: int | None = None,
+        samples: int | None = None,
+    ) -> str:
         """Make a key.
 
         Args:
@@ -71,6 +87,7 @@ class Keys:
             role: One of `ROLES`.
             budget: The most queries; None: no limit. Only an attacker has one.
             rate: The most queries in a minute; None: no limit.
+            samples: The most different images; None: no limit. Only an attacker has one.
 
         Returns:
             The key, which is not to be had again.
@@ -82,16 +99,20 @@ class Keys:
             raise bad("name", name, "take 1 to 64 letters, digits, '.', '_' and '-'")
         if role not in ROLES:
             raise bad("role", role, f"choose one of {', '.join(ROLES)}{did_you_mean(role, ROLES)}")
-        if budget is not None and budget < 0:
-            raise bad("budget", budget, "it must be 0 or more")
+        for field, value in (("budget", budget), ("samples", samples)):
+            if value is not None and value < 0:
+                raise bad(field, value, "it must be 0 or more")
+            if value is not None and role != "attacker":
+                raise bad(field, value, f"a key for {role} has none; leave it out")
         if rate is not None and rate < 1:
             raise bad("rate", rate, "it must be 1 or more queries in a minute")
-        if budget is not None and role != "attacker":
-            raise bad("budget", budget, f"a key for {role} has none; leave it out")
         key = secrets.token_urlsafe(32)
         try:
             with self._open() as connection:
-                connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?)", (name, _digest(key), role, budget, rate))
+                connection.execute(
+                    "INSERT INTO keys (name, digest, role, budget, rate, samples) VALUES (?, ?, ?, ?, ?, ?)",
+                    (name, _digest(key), role, budget, rate, samples),
+                )
         except sqlite3.IntegrityError as error:
             raise bad("name", name, "there is a key of this name; choose another") from error
         return key
@@ -100,7 +121,7 @@ class Keys:
         """Whose key this is; None: nobody's."""
         digest, found = _digest(key), None
         with self._open() as connection:
-            for row in connection.execute("SELECT digest, name, role, budget, rate FROM keys"):
+            for row in connection.execute(f"SELECT digest, {_COLUMNS} FROM keys"):
                 if hmac.compare_digest(row[0], digest):  # all are looked at, each in the same time
                     found = Key(*row[1:])
         return found
@@ -108,7 +129,7 @@ class Keys:
     def all(self) -> list[Key]:
         """All, by name."""
         with self._open() as connection:
-            return [Key(*row) for row in connection.execute("SELECT name, role, budget, rate FROM keys ORDER BY name")]
+            return [Key(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY name")]
 
     def revoke(self, name: str) -> None:
         """Let nobody in with this key, from the next request on.
@@ -138,10 +159,11 @@ class Budgets(Mapping[str, int]):
 
     Args:
         keys: Whose.
+        field: ``budget`` or ``samples``, a ledger's `sample_limits`.
     """
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, field: str = "budget") -> None:
+        self._keys, self._field = keys, field
 
     def __getitem__(self, name: str) -> int:
         return self._now()[name]
@@ -153,7 +175,8 @@ class Budgets(Mapping[str, int]):
         return len(self._now())
 
     def _now(self) -> dict[str, int]:
-        return {key.name: key.budget for key in self._keys.all() if key.budget is not None}
+        found = {key.name: getattr(key, self._field) for key in self._keys.all()}
+        return {name: most for name, most in found.items() if most is not None}
 
 
 def check_key(text: str, variable: str) -> str:

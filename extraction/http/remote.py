@@ -101,11 +101,15 @@ class RemoteOracle(Oracle):
             raise bad("url", self.url, f"this victim is for {made}; choose one for these data")
         check_mode(self.mode, self.k, num_classes)
 
-    def client(self, name: str, budget: int | None = None) -> RemoteClient:
+    def client(self, name: str, budget: int | None = None, samples: int | None = None) -> RemoteClient:
         """Someone who asks under the attacker's key."""
         path = ledgers_folder() / f"remote-{fingerprint(self.identity(), name)}.sqlite"
-        ledger = Ledger(path, budget, price=float(self._about["price"]))
+        ledger = Ledger(path, budget, samples, float(self._about["price"]))
         return RemoteClient(self._line(self.key_variable), ledger, name, int(self._about["images"]))
+
+    def cost(self, queries: int) -> float:
+        """What so many queries cost, at the server's price."""
+        return queries * float(self._about["price"]) / 1000
 
     def evaluator(self) -> RemoteClient | None:
         """Whoever measures fidelity, under the key for it; None: there is none."""

@@ -2,27 +2,34 @@
 
 Threat model: whoever is on the other side of the network, with or without a key. A body is not read further than its
 limit and not at all without a key; tensors travel as safetensors, which run no code; what a request does – charge,
-answer, watch – is the one transaction of its ledger, so that a kill at any moment leaves all or nothing of it.
+answer, watch – is the one transaction of its ledger, so that a kill at any moment leaves all or nothing of it. A key's
+rate counts queries that are charged: what was answered before is free. So that refusals and repeats do not keep the
+server from others, a key's requests are counted, too, of any kind and whatever became of them.
 
 Errors are JSON, ``{"error": KIND, "message": LINE}``:
 
     400 ``malformed``   the body or a header is not what it should be
     401 ``key``         no key, or an unknown one
     403 ``flagged``     a detector took this client for an attacker;  ``role``: the key is for something else
+    408 ``slow``        the body took too long
     413 ``size``        the body is larger than the limit
     422 ``input``       images of another shape or type, NaN, too many or none, or an id that was used for others
-    429 ``rate``        too many queries in a minute, with ``Retry-After``;  ``budget``: more than is left
+    429 ``rate``        too many queries or requests in a minute, or requests at once, with ``Retry-After``;
+        ``budget``      more than is left, of queries or of samples
     503 ``ledger``      the ledger cannot be written
 """
 
 # no `from __future__ import annotations`: FastAPI reads the annotations of functions whose types are imported inside
 
+import asyncio
 import base64
 import html
 import json
+import math
 import sqlite3
 import threading
 import time
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +52,21 @@ MINUTE = 60.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may be.
+    """What one request may be, and how many a key may send.
 
     Attributes:
         body: Bytes.
         images: Images.
+        requests: In a minute, refused ones among them.
+        at_once: Requests for answers, whose bodies are held in memory.
+        patience: Seconds that a body may take.
     """
 
     body: int = 2**25
     images: int = 4096
+    requests: int = 6000
+    at_once: int = 16
+    patience: float = 60.0
 
 
 class _Refusal(Exception):
@@ -92,13 +105,14 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
 
     limits = limits or Limits()
     ledger = service.ledger
-    ledger.limits = Budgets(keys)
+    ledger.limits, ledger.sample_limits = Budgets(keys), Budgets(keys, "samples")
     element = torch.empty((), dtype=service.domain.dtype).element_size()
     size = element * int(torch.tensor(service.domain.shape).prod())
     most = min(limits.images, (limits.body - 1024) // size)  # a safetensors header is short
     if most < 1:
         raise bad("body limit", limits.body, f"one image has {size} bytes; allow more")
     working = threading.Lock()  # the ledger lets one work at a time; with this the rate counts exactly, too
+    pace, under_way = _Pace(limits.requests), Counter[str]()
     app = FastAPI(title="Pharmakon oracle", version="1", description=__doc__)
 
     def owner(request: Request, *roles: str) -> Key:
@@ -111,6 +125,7 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
         if key is None:
             way = "Basic" if roles == ("admin",) else "Bearer"
             raise _Refusal(401, "key", "give a valid key: Authorization: Bearer KEY", {"WWW-Authenticate": way})
+        pace.count(key.name)
         if key.role not in roles:
             raise _Refusal(403, "role", f"the key {key.name!r} is for {key.role}; this needs {' or '.join(roles)}")
         return key
@@ -125,7 +140,7 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
     def work(key: Key, images: Tensor, name: str) -> bytes:
         ours = answering(key)
         with working:
-            if key.rate is not None:
+            if key.rate is not None and not ledger.answered(key.name, name):
                 _check_rate(ledger.since, key, len(images))
             return pack(**ours.answer(key.name, images, name)._asdict())
 
@@ -154,9 +169,13 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
         name = request.headers.get("x-request-id", "")
         if not 0 < len(name) <= 500:
             raise _Refusal(400, "malformed", "X-Request-Id: give each request an id of 1 to 500 characters")
-        data = await _body(request, limits.body)
-        images = _images(data, service, most)
+        if under_way[key.name] >= limits.at_once:
+            message = f"{limits.at_once} requests of this key are being answered; wait for one of them"
+            raise _Refusal(429, "rate", message, {"Retry-After": "1", "Connection": "close"})
+        under_way[key.name] += 1  # one thread runs all that is async: nothing comes in between
         try:
+            data = await _body(request, limits)
+            images = _images(data, service, most)
             return Response(await run_in_threadpool(work, key, images, name), media_type="application/octet-stream")
         except BudgetError as error:
             raise _Refusal(429, "budget", str(error)) from error
@@ -164,6 +183,8 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
             raise _Refusal(403, "flagged", str(error)) from error
         except InputError as error:
             raise _Refusal(422, "input", str(error)) from error
+        finally:
+            under_way[key.name] -= 1
 
     @app.get("/v1/oracle", summary="What this oracle takes and answers", openapi_extra=secured)
     def oracle(request: Request) -> dict[str, Any]:
@@ -182,7 +203,8 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
     @app.get("/v1/account", summary="How the key's owner stands", openapi_extra=secured)
     def account(request: Request) -> dict[str, Any]:
         key = owner(request, "attacker", "evaluation")
-        return {**ledger.account(key.name)._asdict(), "left": ledger.left(key.name), "rate": key.rate}
+        left = {"left": ledger.left(key.name), "samples_left": ledger.samples_left(key.name)}
+        return {**ledger.account(key.name)._asdict(), **left, "rate": key.rate}
 
     @app.get("/status", summary="All clients, for a person with an admin key", response_class=HTMLResponse)
     def status(request: Request) -> HTMLResponse:
@@ -200,18 +222,50 @@ def make_app(  # noqa: PLR0915 – the endpoints, one after the other
     return app
 
 
-async def _body(request: Any, most: int) -> bytes:
-    """The body, read no further than the limit."""
+class _Pace:
+    """Counts each key's requests of the last minute; a restart forgets them.
+
+    Args:
+        most: In a minute.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._at: dict[str, deque[float]] = {}
+        self._counting = threading.Lock()
+
+    def count(self, name: str) -> None:
+        """One more, unless there are too many."""
+        with self._counting:
+            at, now = self._at.setdefault(name, deque()), time.time()
+            while at and at[0] <= now - MINUTE:
+                at.popleft()
+            if len(at) < self._most:
+                at.append(now)
+                return
+            wait = max(1, math.ceil(at[0] + MINUTE - now))
+        message = f"{self._most} requests in a minute are allowed, refused ones among them; wait {wait} s"
+        raise _Refusal(429, "rate", message, {"Retry-After": str(wait), "Connection": "close"})
+
+
+async def _body(request: Any, limits: Limits) -> bytes:
+    """The body, read no further than the limit, and no longer."""
+    most = limits.body
     refusal = _Refusal(413, "size", f"the body may have {most} bytes; send fewer images", {"Connection": "close"})
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > most:
         raise refusal
     parts, total = [], 0
-    async for part in request.stream():
-        total += len(part)
-        if total > most:
-            raise refusal
-        parts.append(part)
+    try:
+        async with asyncio.timeout(limits.patience):
+            async for part in request.stream():
+                total += len(part)
+                if total > most:
+                    raise refusal
+                parts.append(part)
+    except TimeoutError as error:
+        message = f"the body did not come within {limits.patience:g} s; send fewer images"
+        raise _Refusal(408, "slow", message, {"Connection": "close"}) from error
     return b"".join(parts)
 
 
@@ -261,18 +315,18 @@ def _status_page(service: Service, keys: Keys) -> str:
     ledger = service.ledger
     known = {key.name: key for key in keys.all()}
     titles = (
-        "client", "role", "queries", "samples", "requests", "cost", "left", "queries a minute", "flagged after",
-        "detector",
+        "client", "role", "queries", "samples", "requests", "cost", "left", "queries a minute", "samples left",
+        "flagged after", "detector",
     )  # fmt: skip
     rows = []
     for name in sorted({*known, *ledger.clients()}):
         key, account, left, flagged = known.get(name), ledger.account(name), ledger.left(name), ledger.flagged_at(name)
-        state = service.state(name)
+        state, samples = service.state(name), ledger.samples_left(name)
         cells = (
             name, "no key" if key is None else key.role, account.queries, account.samples, account.requests,
             f"{account.cost:.2f}", "any" if left is None else left,
-            "any" if key is None or key.rate is None else key.rate,
-            "–" if flagged is None else f"{flagged} queries", json.dumps(state) if state else "–",
+            "any" if key is None or key.rate is None else key.rate, "any" if samples is None else samples,
+            "–" if flagged is None else f"{flagged} queries", json.dumps(dict(state)) if state else "–",
         )  # fmt: skip
         rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
     head = "".join(f"<th>{title}</th>" for title in titles)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from classifiers.backbones import MLP
+from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
 from experiments.bulk.extraction_budget import epochs_for, equivalent, surrogate
 from experiments.bulk.fitting import fit, start_config
@@ -53,6 +54,11 @@ def test_a_surrogate_is_measured_and_paid_for(tmp_path: Path, victim: str) -> No
     assert surrogate(tmp_path, 0, strategy="own", budget=640, steps=200, **given) == [row]
     (half,) = surrogate(tmp_path, 0, strategy="half", budget=640, steps=1, **given)
     assert half["queries"] < 640, "a pool of fewer images than the budget"
+    assert "far_fidelity" not in row
+    (far,) = surrogate(tmp_path, 0, strategy="own", budget=640, steps=200, far="data/digits.yaml", **given)
+    assert far == {**row, "far_fidelity": row["fidelity"]}, "the training is the same, and so are these test images"
+    with refused("far", "1×28×28"):
+        surrogate(tmp_path, 0, strategy="own", budget=640, steps=1, far="data/mnist.yaml", **given)
     with refused("strategy = 'ownn'", "own"):
         surrogate(tmp_path, 0, strategy="ownn", budget=640, **given)
 
@@ -86,9 +92,22 @@ def test_the_equivalent_network_is_a_surrogate_with_all_of_the_victims_labels(tm
     assert row["fidelity"]["value"] == 1
     assert row["accuracy"] == row["victim_accuracy"]
     assert 0 < row["queries"] < 2**14
-    (row,) = equivalent(tmp_path, 0, mode="rounded_scores", **given)
+    for mode in ("logits", "scores"):  # and it is left as a classifier like any other
+        folder = tmp_path / mode
+        folder.mkdir()
+        equivalent(folder, 0, mode=mode, **given)
+        found, truth = load_classifier(folder / "weights.safetensors"), load_classifier(victim)
+        images = torch.randint(0, 256, (5000, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+        with torch.no_grad():
+            mine, theirs = found(images), truth(images)
+        assert (mine.argmax(1) == theirs.argmax(1)).float().mean() >= 0.9998, "but for ties within float32's precision"
+        torch.testing.assert_close(mine.softmax(1), theirs.softmax(1), atol=1e-4, rtol=1e-4)
+    folder = tmp_path / "rounded"
+    folder.mkdir()
+    (row,) = equivalent(folder, 0, mode="rounded_scores", **given)
     assert row["failure"]
     assert "fidelity" not in row
+    assert not (folder / "weights.safetensors").exists()
 
 
 def test_a_larger_budget_does_not_go_on_from_a_smaller_one(

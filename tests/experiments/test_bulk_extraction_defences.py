@@ -12,7 +12,12 @@ from torch import Tensor
 
 from classifiers.backbones import MLP
 from classifiers.classifier import ImageClassifier
+from datamodules.sources.digits import Digits
 from experiments.bulk.extraction_defences import defended, detection, jacobian_stream
+from extraction.defences import PRADA
+from extraction.jacobian_augmentation import JacobianAugmentation, stepped
+from extraction.ledger import Ledger
+from extraction.oracle import LocalClient, LocalOracle
 from tests.helpers import refused
 
 
@@ -23,20 +28,36 @@ def weights(tmp_path: Path) -> str:
     return str(tmp_path / "weights.safetensors")
 
 
-def test_jacobian_augmentation_steps_from_what_was_asked_before() -> None:
-    seeds = torch.randint(60, 190, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    asked: list[int] = []
+def test_jacobian_augmentation_is_the_strategys_and_its_oracle_is_asked(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Digits()
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    steps: list[tuple[int, float]] = []
 
-    def ask(images: Tensor) -> Tensor:
-        asked.append(len(images))
-        return (images.flatten(1).float().mean(1) > 125).long()
+    def record(model: Any, images: Tensor, labels: Tensor, step: float) -> Tensor:
+        steps.append((len(images), step))
+        return stepped(model, images, labels, step)
 
-    found = jacobian_stream(ask, seeds, 35, 0.1, 0, 2)
-    assert asked == [10, 10, 15]
-    assert torch.equal(found[:10], seeds)
-    moved = (found[10:20].int() - found[:10].int()).abs()
-    assert set(moved.flatten().tolist()) <= {0, 25, 26}, "λ = 0.1 is 25.5 grey levels, rounded"
-    assert torch.equal(found, jacobian_stream(ask, seeds, 35, 0.1, 0, 2))
+    monkeypatch.setattr("extraction.jacobian_augmentation.stepped", record)
+    oracle = LocalOracle(weights, "label", detector=PRADA(0.01, least=20))
+    attack = JacobianAugmentation(data, oracle, 135, 10, 8, 0.1, period=2, reservoir_after=3, reservoir=30, seed=4)
+
+    def stream(name: str) -> tuple[Tensor, LocalClient]:
+        client = LocalClient(oracle.service(Ledger(tmp_path / name)))
+        return jacobian_stream(attack, client, data.test_set, classes=10, seed=0), client
+
+    found, client = stream("one")
+    # ten seeds and three rounds of doubling, then a reservoir of 30 until the budget is spent
+    assert steps == [(10, 0.1), (20, 0.1), (40, -0.1), (30, -0.1), (25, 0.1)]
+    assert client.account.queries == len(found) == 135
+    assert torch.equal(found[:10], attack.first(data.test_set)[0])
+    moved = (found[10:20, None].int() - found[None, :10].int()).abs().flatten(2).amax(2).amin(1)
+    assert int(moved.max()) <= 26, "λ = 0.1 is 25.5 grey levels, rounded"
+    assert client.service.state("attacker")["queries"] == 135
+    assert torch.equal(stream("other")[0], found)
 
 
 def test_every_stream_has_a_row_and_says_whether_it_was_judged(tmp_path: Path, weights: str) -> None:
@@ -44,7 +65,10 @@ def test_every_stream_has_a_row_and_says_whether_it_was_judged(tmp_path: Path, w
     rows = {row["stream"]: row for row in detection(tmp_path, 0, detector="prada", **settings)}
     assert rows["benign"]["flagged"]["n"] == 2
     assert rows["JbDA, 4 Sybils"]["flagged"]["n"] == 4
+    assert rows["JbDA"]["queries"] == 130
+    assert rows["JbDA"]["judged"] == 1
     assert rows["JbDA, 50% benign"]["queries"] == 260
+    assert not list(tmp_path.glob("jacobian*"))
     assert rows["JbDA, 4 Sybils"]["judged"] == 0, "33 queries are too few for a verdict"
     assert rows["noise"]["judged"] == 1
     with refused("detector = 'parda'", "prada"):

@@ -23,7 +23,7 @@ import torch
 from classifiers.backbones import MLP
 from datamodules.sources.digits import Digits
 from extraction.answers import pack, unpack
-from extraction.http.keys import Budgets, Key, Keys
+from extraction.http.keys import RATE, Budgets, Key, Keys
 from extraction.ledger import Ledger
 from tests.experiments.running import QUIET, Outcome, complaint, read_json, runs
 from tests.extraction.test_foreign import logits_of
@@ -82,6 +82,7 @@ def test_keys_are_shown_once_and_an_attack_runs_with_them(
     assert Ledger(ledger).account("attacker").queries == 50
     assert [key.role for key in Keys(f"{ledger}.keys").all()] == ["admin", "attacker", "evaluation"]
     assert dict(Budgets(Keys(f"{ledger}.keys"))) == {"attacker": 60}
+    assert [key.rate for key in Keys(f"{ledger}.keys").all()] == [None, RATE, RATE]
 
 
 FOREIGN = """
@@ -124,10 +125,13 @@ def test_a_function_of_someone_elses_is_attacked_and_served_as_a_config_names_it
 def test_a_new_key_is_made_and_shown(victim: str, tmp_path: Path, lightning: Command) -> None:
     ledger = str(tmp_path / "ledger")
     made = ("serve", "--weights", victim, "--ledger", ledger, "--new-key")
-    outcome = lightning(*made, "ann", "--budget=7", "--rate", "9")
+    outcome = lightning(*made, "ann", "--budget=7", "--rate", "9", "--samples=5")
     assert outcome.code == 0
     keys = Keys(f"{ledger}.keys")
-    assert keys.find(outcome.out.split()[-1]) == Key("ann", "attacker", 7, 9)
+    assert keys.find(outcome.out.split()[-1]) == Key("ann", "attacker", 7, 9, 5)
+    free = lightning(*made, "free", "--rate=any").out.split()[-1]
+    assert keys.find(free) == Key("free", "attacker", None, None, None)
+    keys.revoke("free")
     assert lightning(*made, "judge", "--role=evaluation").code == 0
     complaint(lightning(*made, "ann"), "name = 'ann'", "choose another")
     complaint(lightning(*made, "eve", "--role=king"), "role", "evaluation")
@@ -142,8 +146,8 @@ def test_keys_are_listed_and_revoked(victim: str, tmp_path: Path, lightning: Com
     assert lightning(*served, "--new-key=judge", "--role=evaluation", "--rate=9").code == 0
     outcome = lightning(*served, "--keys=all")
     assert outcome.code == 0
-    assert "ann: attacker, budget 7, queries a minute any number\n" in outcome.out
-    assert "judge: evaluation, budget any number, queries a minute 9\n" in outcome.out
+    assert "ann: attacker, budget 7, samples any number, queries a minute 60000\n" in outcome.out
+    assert "judge: evaluation, budget any number, samples any number, queries a minute 9\n" in outcome.out
     assert key not in outcome.out
     complaint(lightning(*served, "--revoke=anne"), "name = 'anne'", "ann, judge")
     complaint(lightning(*served, "--keys=ann"), "keys = 'ann'", "all")

@@ -22,6 +22,7 @@ from extraction.adaptive_knockoff import (
     scaled,
 )
 from extraction.oracle import LocalOracle
+from extraction.rounds import Asked
 from extraction.surrogate import Surrogate
 from tests.helpers import mlp, refused, tiny_trainer
 
@@ -79,6 +80,33 @@ def test_the_budget_is_spent_on_different_images(victim: str, reward: str) -> No
     trainer = tiny_trainer(max_epochs=3, reload_dataloaders_every_n_epochs=1, limit_val_batches=0)
     trainer.fit(mlp(data, Surrogate), data)
     assert len(set(data.train_set.ids.tolist())) == len(data.train_set) == data.facts()["queries"] == 100
+
+
+def test_what_the_bandit_prefers_is_asked_about(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = AdaptiveKnockoff(Digits(), LocalOracle(victim), 90, rounds=2)
+    data.prepare_data()
+    data.setup("fit")
+    pool, given = data.base.train_set, []
+
+    def prefer(groups: torch.Tensor, rewards: torch.Tensor, n: int) -> torch.Tensor:
+        given.append((groups, rewards, n))
+        return 50.0 * torch.nn.functional.one_hot(torch.tensor(3), n).double()
+
+    monkeypatch.setattr("extraction.adaptive_knockoff.preferences", prefer)
+    images, ids = data.first(pool)
+    assert len(pool.labels[torch.isin(pool.ids, ids)].unique()) > 5, "the first round draws from all classes"
+    scores = torch.rand(len(ids), 10, generator=torch.Generator().manual_seed(0)).softmax(1)
+    model = mlp(data, Surrogate).eval()
+    chosen = data.choose(1, model, pool, Asked(images, ids, scores.argmax(1), scores))[1]
+    assert len(chosen) == 45
+    assert pool.labels[torch.isin(pool.ids, chosen)].unique().tolist() == [3]
+    [(groups, rewards, n)] = given
+    assert n == 10
+    assert torch.equal(groups, pool.labels[torch.searchsorted(pool.ids, ids)]), "each reward is of its image's class"
+    with torch.no_grad():
+        guessed = model(images).softmax(1)
+    expected = torch.stack([scaled(certainty(scores)), scaled(diversity(scores)), scaled(loss(scores, guessed))])
+    torch.testing.assert_close(rewards, expected.mean(0))
 
 
 def test_all_of_a_pool_is_asked_about_in_the_end(victim: str) -> None:

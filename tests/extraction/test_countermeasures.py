@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from classifiers.backbones import MLP
+from datamodules.imageset import labelled
+from datamodules.sources.digits import Digits
+from extraction.active_learning import ActiveLearning
+from extraction.adaptive_knockoff import AdaptiveKnockoff
 from extraction.answers import Answers, labels, soft_labels
-from extraction.countermeasures import Averaging, Coarse, CoarseOracle, Padded, Sybil, averaged, padded
+from extraction.countermeasures import (
+    AveragedOracle,
+    Averaging,
+    Coarse,
+    CoarseOracle,
+    Padded,
+    PaddedOracle,
+    Sybil,
+    SybilOracle,
+    averaged,
+    padded,
+)
 from extraction.defences import PRADA, GaussianNoise
+from extraction.dfme import DFME, DataFree
+from extraction.jacobian_augmentation import JacobianAugmentation
+from extraction.knockoff_nets import KnockoffNets
 from extraction.ledger import Account, BudgetError, Ledger
-from extraction.oracle import LocalClient, LocalOracle
+from extraction.oracle import LocalClient, LocalOracle, Oracle
+from extraction.rounds import Rounds
+from extraction.semi_supervised import SemiSupervised
 from extraction.service import Domain, Service
-from tests.helpers import refused
+from extraction.strategy import Extraction
+from extraction.surrogate import Surrogate
+from tests.helpers import mlp, refused, tiny_trainer
 
 SHAPE = (1, 4, 4)
 
@@ -153,3 +178,72 @@ def test_padding_hides_steps_of_one_length_from_prada(tmp_path: Path) -> None:
         Padded(open_, attack, 1)
     with refused("benign = 0"):
         Padded(open_, attack[:0], 0.5)
+
+
+# --- strategies -------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def victim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    mlp(Digits(), backbone=partial(MLP, hidden=[8])).save(tmp_path / "victim.safetensors")
+    return str(tmp_path / "victim.safetensors")
+
+
+AROUND: dict[str, tuple[Callable[[Oracle], Oracle], float]] = {
+    "averaged": (lambda oracle: AveragedOracle(oracle, 4), 4),
+    "padded": (lambda oracle: PaddedOracle(oracle, Digits(split_seed=5), 0.8), 5),
+    "coarse": (lambda oracle: CoarseOracle(oracle, 2), 1),
+    "sybil": (lambda oracle: SybilOracle(oracle, 3), 1),
+    "padded Sybils": (lambda oracle: SybilOracle(PaddedOracle(oracle, Digits(split_seed=5), 0.5), 3), 2),
+}
+"""What is put around an oracle, and the queries that an image then costs."""
+
+STRATEGIES: dict[str, Callable[[Oracle, int], Extraction]] = {
+    "knockoff": lambda oracle, budget: KnockoffNets(Digits(), oracle, budget),
+    "semi-supervised": lambda oracle, budget: SemiSupervised(Digits(), oracle, budget),
+    "active": lambda oracle, budget: ActiveLearning(Digits(batch_size=10), oracle, budget, "margin", 3, 0.2),
+    "adaptive": lambda oracle, budget: AdaptiveKnockoff(Digits(batch_size=10), oracle, budget, rounds=3),
+    "jacobian": lambda oracle, budget: JacobianAugmentation(Digits(batch_size=10), oracle, budget, 12, 3),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_asks_about_what_its_budget_pays_for(victim: str, strategy: str, around: str) -> None:
+    wrap, price = AROUND[around]
+    data = STRATEGIES[strategy](wrap(LocalOracle(victim)), 200)
+    if isinstance(data, Rounds):
+        trainer = tiny_trainer(max_epochs=3, reload_dataloaders_every_n_epochs=1, limit_val_batches=0)
+        trainer.fit(mlp(data, Surrogate), data)
+    else:
+        data.prepare_data()
+        data.setup("fit")
+    images = len(data.changes()[0].ids) if strategy != "semi-supervised" else int(labelled(data.train_set.labels).sum())
+    # twelve seeds make 48 images in two rounds
+    expected = min(200 // price, 48) if strategy == "jacobian" else 200 // price
+    assert images == expected
+    spent = data.facts()["queries"]
+    assert isinstance(spent, int)
+    # benign images are rounded down in each request of each name
+    assert images * price - 9 <= spent <= images * price if "padded" in around else spent == images * price
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_data_free_steps_are_those_that_the_budget_pays_for(victim: str, around: str) -> None:
+    wrap, price = AROUND[around]
+    data = DataFree(Digits(batch_size=50), wrap(LocalOracle(victim)), int(3.5 * 24 * price), seed=2)
+    model = mlp(data, DFME, batch=8, surrogate_updates=1, generator_width=4, latent=10)
+    tiny_trainer(max_epochs=1, limit_val_batches=0).fit(model, data)
+    assert model.steps_done == 3
+    spent = data.facts()["queries"]
+    assert isinstance(spent, int)
+    assert 3 * 24 * price - 18 <= spent <= 3 * 24 * price if "padded" in around else spent == 3 * 24 * price
+
+
+def test_a_budget_below_the_price_of_an_image_or_a_step_is_refused(victim: str) -> None:
+    with refused("budget = 3", "an image costs 4 queries"):
+        KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim), 4), 3)
+    data = DataFree(Digits(), AveragedOracle(LocalOracle(victim), 4), 95)
+    model = mlp(data, DFME, batch=8, surrogate_updates=1, generator_width=4)
+    with refused("budget = 95", "a step costs 96 queries"):
+        tiny_trainer(max_epochs=1, limit_val_batches=0).fit(model, data)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from classifiers.backbones import MLP
 from datamodules.sources.digits import Digits
-from extraction.dfme import DFME, DataFree, Generator, as_bytes, decay, forward_difference, recovered_logits
+from extraction.dfme import DFME, DataFree, Generator, as_bytes, decay, distance, forward_difference, recovered_logits
 from extraction.oracle import LocalOracle
 from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
 
@@ -92,6 +92,32 @@ def test_both_networks_learn(victim: str) -> None:
         assert any(not torch.equal(one, other) for one, other in pairs), part
 
 
+def test_the_generator_parts_the_networks(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a surrogate that stands still, what it makes comes to be farther from the victim."""
+
+    def bright(self: DataFree, images: Tensor, request: str) -> Tensor:
+        first = images.flatten(1).float().mean(1, keepdim=True) / 25
+        return torch.cat([first, -first, torch.zeros(len(images), 8)], 1)
+
+    monkeypatch.setattr(DataFree, "logits", bright)
+    data = DataFree(Digits(batch_size=50), LocalOracle(victim), 60 * 16 * 3, seed=2)
+    torch.manual_seed(1)
+    model: DFME = mlp(
+        data, DFME, batch=16, surrogate_updates=1, generator_width=4, latent=10, generator_lr=0.01,
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+    )  # fmt: skip
+
+    def apart() -> float:
+        with torch.no_grad():
+            images = as_bytes(model.generator(torch.randn(64, 10, generator=torch.Generator().manual_seed(0))))
+            return float(distance(model(images), bright(data, images, "")).mean())
+
+    before = apart()
+    tiny_trainer(max_epochs=3, limit_val_batches=0).fit(model, data)
+    assert model.steps_done == 60
+    assert apart() > 1.3 * before
+
+
 def test_a_resumed_run_pays_for_nothing_twice_and_ends_the_same(victim: str, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, filename="middle", every_n_train_steps=8, save_top_k=1)  # two steps of four
     whole, data = fitted(victim, 5 * STEP, enable_checkpointing=True, callbacks=[saving], max_steps=8)
@@ -123,8 +149,10 @@ def test_the_task_s_images_have_no_influence(victim: str) -> None:
 
 
 def test_what_is_refused(victim: str) -> None:
-    with refused("mode = 'label'", "scores or logits"):
-        DataFree(Digits(), LocalOracle(victim, "label"))
+    with refused("mode = 'top_k'", "scores or logits"):
+        DataFree(Digits(), LocalOracle(victim, "top_k", 3))
+    with refused("mode = 'label'", "DFME", "scores or logits"):
+        fitted(victim, STEP, "label")
     with refused(f"budget = {STEP - 1}", f"costs {STEP} queries"):
         fitted(victim, STEP - 1)
     with refused("DataFree", "Digits"):

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from extraction.functionally_equivalent import ExtractionError, Network, certify, extract, through
+from classifiers.classifier import load_classifier
+from classifiers.weights import load_weights
+from extraction.functionally_equivalent import ExtractionError, Network, as_classifier, certify, extract, through
 from extraction.ledger import BudgetError, Ledger
 from extraction.oracle import LocalClient
 from extraction.service import Domain, Service
+from tests.helpers import refused
 
 
 def network(inputs: int, hidden: int, outputs: int, seed: int = 0) -> Network:
@@ -120,6 +123,25 @@ def test_float32_is_refused() -> None:
     truth = network(10, 4, 2)
     with pytest.raises(ExtractionError, match="float64"):
         extract(lambda x: truth(x).float(), 10)
+
+
+def test_what_is_recovered_is_a_classifier_of_images(tmp_path: Path) -> None:
+    truth = network(64, 8, 10)
+    model = as_classifier(extract(truth, 64), (1, 8, 8), [0.2], [0.5])
+    images = torch.randint(0, 256, (500, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = ((images.double() / 255 - 0.2) / 0.5).flatten(1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), truth(inputs), atol=1e-6, rtol=1e-6)
+        model.save(tmp_path / "weights.safetensors")
+        assert all(
+            tensor.dtype == torch.float64 for tensor in load_weights(tmp_path / "weights.safetensors")[0].values()
+        )
+        again = load_classifier(tmp_path / "weights.safetensors")
+        assert torch.equal(again(images).argmax(1), truth(inputs).argmax(1))
+    with refused("image_shape = '1×8×9'", "64 inputs"):
+        as_classifier(truth, (1, 8, 9), [0.2], [0.5])
+    with refused("1 output", "all logits"):
+        as_classifier(network(64, 8, 1), (1, 8, 8), [0.2], [0.5])
 
 
 # --- through an oracle ------------------------------------------------------------------------------------------------

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -26,16 +28,20 @@ from classifiers.backbones import MLP
 from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
 from extraction import strategy
+from extraction.active_learning import ActiveLearning
 from extraction.answers import Answers, pack, unpack
 from extraction.defences import PRADA, GaussianNoise
 from extraction.http.keys import Key, Keys
+from extraction.http.patience import patient
 from extraction.http.remote import Line, RemoteClient, RemoteOracle
 from extraction.http.server import Limits, make_app
 from extraction.knockoff_nets import KnockoffNets
 from extraction.ledger import BudgetError, Ledger
-from extraction.oracle import LocalOracle
+from extraction.oracle import LocalOracle, Oracle
 from extraction.service import Domain, FlaggedError, Service
-from tests.helpers import mlp, refused
+from extraction.strategy import Extraction
+from extraction.surrogate import Surrogate
+from tests.helpers import mlp, refused, tiny_trainer
 
 SHAPE = (1, 8, 8)
 
@@ -81,14 +87,14 @@ def site(tmp_path: Path, victim: str) -> Site:
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
+def listening(app: Any, **settings: Any) -> Iterator[str]:
     """An application served from a thread: its address."""
     import uvicorn
 
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen()  # who comes before the thread has begun waits
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", **settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
         thread.start()
         try:
@@ -127,6 +133,32 @@ def test_an_attack_gets_the_same_bytes_as_in_process(
     assert site.ledger.account("judge").queries == len(there.test_set)
     again = ready(KnockoffNets(Digits(), there.oracle, 150, seed=3))  # the server is gone, the answers are here
     assert torch.equal(again.train_set.labels, here.train_set.labels)
+
+
+@pytest.mark.parametrize("strategy", ["knockoff", "active learning"])
+def test_an_attack_gets_the_same_surrogate_as_in_process(
+    tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    def fitted(oracle: Oracle) -> tuple[Extraction, dict[str, Tensor]]:
+        data: Extraction = KnockoffNets(Digits(batch_size=16), oracle, 90, seed=3)
+        if strategy == "active learning":
+            data = ActiveLearning(Digits(batch_size=16), oracle, 90, "k_center", 3, 0.2, seed=3)
+        torch.manual_seed(1)
+        model = mlp(data, Surrogate, optimizer=partial(torch.optim.Adam, lr=0.01))
+        tiny_trainer(max_epochs=3, reload_dataloaders_every_n_epochs=1, limit_val_batches=0).fit(model, data)
+        return data, model.net.state_dict()
+
+    site = Site(tmp_path, victim)
+    monkeypatch.setenv("PHARMAKON_ORACLE_KEY", site.keys.create("ann", budget=90))
+    here, expected = fitted(LocalOracle(victim, price=2.0))
+    with listening(site.app) as url:
+        there, found = fitted(RemoteOracle(url))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert there.train_set.digest() == here.train_set.digest()
+    assert there.facts() == here.facts()
+    assert site.ledger.account("ann").queries == 90
 
 
 def test_a_victim_of_another_mode_or_kind_is_refused_in_one_line(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,16 +230,31 @@ def test_a_request_sent_again_is_free_and_repeats_count(site: Site) -> None:
     assert site.ledger.account("ann").queries == 8
     assert site.ask(key, pictures(8), "b").content == first.content  # a new request: the same images cost again
     account = site.web.get("/v1/account", headers={"Authorization": f"Bearer {key}"}).json()
-    assert account == {"queries": 16, "samples": 8, "requests": 2, "cost": 0.032, "left": 4, "rate": None}
+    assert account == {
+        "queries": 16, "samples": 8, "requests": 2, "cost": 0.032, "left": 4, "samples_left": None, "rate": None,
+    }  # fmt: skip
     assert outcome(site.ask(key, pictures(8, 5), "a")) == (422, "input")  # an id is of its images
 
 
-def test_an_answer_does_not_depend_on_what_is_asked_with_it(site: Site) -> None:
+def test_an_answer_does_not_depend_on_what_is_asked_with_it(site: Site, tmp_path: Path, victim: str) -> None:
+    """By another service each time: one keeps what it has said of an image, whatever that was asked with."""
     key, images = site.keys.create("ann"), pictures(300)
     together = unpack(site.ask(key, images, "all").content)["values"]
     for row in (0, 255, 256, 299):
-        alone = unpack(site.ask(key, images[row : row + 1], f"row {row}").content)["values"]
+        fresh = Site(tmp_path, victim)
+        alone = unpack(fresh.ask(key, images[row : row + 1], f"row {row}").content)["values"]
         assert alone.numpy().tobytes() == together[row].numpy().tobytes()
+    # each call of the model is of the one size, whatever is asked
+    seen: list[int] = []
+
+    def model(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return torch.zeros(len(batch), 10)
+
+    service = Service(model, Ledger(tmp_path / "other"), domain=Domain(SHAPE), batch_size=64)
+    for number, count in enumerate((1, 63, 64, 65, 130)):
+        service.answer("ann", pictures(count, 50 + number), str(number))
+    assert seen == [64] * 8
 
 
 def test_lost_answers_are_asked_for_again_and_not_charged(site: Site, tmp_path: Path) -> None:
@@ -396,7 +443,10 @@ def test_a_flag_persists_over_a_restart(tmp_path: Path, victim: str) -> None:
     after = Site(tmp_path, victim, **settings)
     assert outcome(after.ask(key, pictures(1, 9), "new")) == (403, "flagged")
     admin = after.keys.create("root", "admin")
-    assert f"<td>{spent} queries</td>" in after.web.get("/status", auth=("", admin)).text
+    page = after.web.get("/status", auth=("", admin)).text
+    assert f"<td>{spent} queries</td>" in page
+    assert "smallest_w" in page, "what the detector said is known after a restart"
+    assert page == site.web.get("/status", auth=("", admin)).text
     assert after.ledger.account("ann").queries == spent
     with listening(after.app) as url:
         client = RemoteClient(Line(url, key, "KEY", 30, 0), Ledger(tmp_path / "own"), "run", 4096)
@@ -476,6 +526,127 @@ def test_a_flood_is_told_when_to_come_again(site: Site, tmp_path: Path, monkeypa
     assert outcome(restarted.ask(key, pictures(1), "5")) == (429, "rate")
     monkeypatch.setattr(time, "time", lambda: now + 61)
     assert site.ask(key, pictures(10), "5").status_code == 200
+
+
+def test_what_was_answered_meets_no_rate(site: Site) -> None:
+    key = site.keys.create("ann", rate=10)
+    first = site.ask(key, pictures(10), "1")
+    assert outcome(site.ask(key, pictures(1), "2")) == (429, "rate")
+    assert site.ask(key, pictures(10), "1").content == first.content
+    assert outcome(site.ask(key, pictures(3, 5), "1")) == (422, "input"), "the id alone opens nothing"
+    assert site.ledger.account("ann").queries == 10
+
+
+def test_requests_are_counted_whatever_becomes_of_them(
+    tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, victim, Limits(requests=4))
+    key, other, now = site.keys.create("ann", budget=5), site.keys.create("bob"), time.time()
+    assert outcome(site.ask(key, pictures(6))) == (429, "budget")
+    assert outcome(site.ask(key, b"x")) == (400, "malformed")
+    assert site.web.get("/v1/account", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert outcome(site.web.get("/status", headers={"Authorization": f"Bearer {key}"})) == (403, "role")
+    response = site.ask(key, pictures(1))
+    assert outcome(response) == (429, "rate")
+    assert 55 <= int(response.headers["retry-after"]) <= 60
+    assert site.ask(other, pictures(1)).status_code == 200
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    assert site.ask(key, pictures(1)).status_code == 200
+
+
+def test_a_key_has_a_budget_in_samples(site: Site, tmp_path: Path) -> None:
+    key = site.keys.create("ann", samples=5)
+    assert site.ask(key, pictures(5).repeat(3, 1, 1, 1), "1").status_code == 200
+    response = site.ask(key, pictures(1, 9), "2")
+    assert outcome(response) == (429, "budget")
+    assert "samples = 5" in response.json()["message"]
+    assert site.ask(key, pictures(5), "3").status_code == 200
+    account = site.web.get("/v1/account", headers={"Authorization": f"Bearer {key}"}).json()
+    assert (account["queries"], account["samples"], account["samples_left"]) == (20, 5, 0)
+    with listening(site.app) as url:
+        client = RemoteClient(Line(url, key, "KEY", 30, 0), Ledger(tmp_path / "own"), "run", 4096)
+        with pytest.raises(BudgetError, match="samples = 5"):
+            client.query(pictures(1, 9))
+    with refused("samples = 3", "evaluation"):
+        site.keys.create("judge", "evaluation", samples=3)
+
+
+def test_an_older_file_of_keys_is_read(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "keys")) as connection, connection:
+        connection.execute("CREATE TABLE keys (name TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE, role TEXT NOT NULL, "
+                           "budget INTEGER, rate INTEGER)")  # fmt: skip
+        connection.execute("INSERT INTO keys VALUES ('ann', 'x', 'attacker', 7, 9)")
+    for _ in range(2):
+        assert Keys(tmp_path / "keys").all() == [Key("ann", "attacker", 7, 9, None)]
+    Keys(tmp_path / "keys").create("bob", samples=3)
+    assert Keys(tmp_path / "keys").all()[1] == Key("bob", "attacker", None, None, 3)
+
+
+# --- those who keep a server waiting ----------------------------------------------------------------------------------
+def near(url: str) -> tuple[str, int]:
+    return "127.0.0.1", int(url.rsplit(":", 1)[1])
+
+
+def closed(line: socket.socket, seconds: float = 5) -> bool:
+    """Whether the other side has hung up, or does within some seconds."""
+    line.settimeout(seconds)
+    try:
+        while line.recv(1000):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_idle_connections_keep_nobody_out_and_are_dropped(site: Site) -> None:
+    for protocol, dropped in ((patient(60.0, 30), 50), (patient(1.0, 200), 80)):  # at once; after a while
+        with listening(site.app, http=protocol, ws="none") as url, ExitStack() as stack:
+            idle = [stack.enter_context(socket.create_connection(near(url), timeout=5)) for _ in range(80)]
+            assert httpx.get(f"{url}/docs", trust_env=False).status_code == 200
+            assert all(closed(line) for line in idle[:dropped]), "those that have waited longest"
+            assert not any(closed(line, 0.01) for line in idle[dropped + 1 :])
+
+
+def test_a_header_that_never_ends_is_not_waited_for(site: Site) -> None:
+    whole = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
+    with listening(site.app, http=patient(0.5), ws="none") as url:
+        for before in (b"", whole):  # on a new connection, and on one that was used
+            with socket.create_connection(near(url), timeout=5) as line:
+                line.sendall(before)
+                if before:
+                    assert line.recv(10**6).startswith(b"HTTP/1.1 200")
+                begun = time.monotonic()
+                try:
+                    while time.monotonic() - begun < 5:
+                        line.sendall(b"G")
+                        time.sleep(0.1)
+                except ConnectionError:
+                    pass
+                assert 0.4 < time.monotonic() - begun < 4
+        # one that is answered in time is left in peace
+        with httpx.Client(trust_env=False) as web:
+            for _ in range(3):
+                assert web.get(f"{url}/docs").status_code == 200
+                time.sleep(0.7)
+                assert len(web._transport._pool.connections) == 1  # type: ignore[attr-defined] # no new one is made
+
+
+def test_a_body_that_never_ends_is_not_waited_for(tmp_path: Path, victim: str) -> None:
+    site = Site(tmp_path, victim, Limits(patience=0.5, at_once=2))
+    key = site.keys.create("ann")
+    head = f"POST /v1/answers HTTP/1.1\r\nHost: x\r\nX-Request-Id: 1\r\nAuthorization: Bearer {key}\r\n"
+    with listening(site.app, http=patient(5.0), ws="none") as url, ExitStack() as stack:
+        lines = [stack.enter_context(socket.create_connection(near(url), timeout=5)) for _ in range(3)]
+        for line in lines:
+            line.sendall(f"{head}Content-Length: 1000\r\n\r\nx".encode())
+        found = sorted(line.recv(12).decode() for line in lines)
+        assert found == ["HTTP/1.1 408", "HTTP/1.1 408", "HTTP/1.1 429"]
+        assert all(closed(line) for line in lines)
+        headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "1"}
+        assert httpx.post(f"{url}/v1/answers", content=pack(images=pictures(1)), headers=headers,
+                          trust_env=False).status_code == 200  # fmt: skip
 
 
 def test_a_client_waits_for_the_rate(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

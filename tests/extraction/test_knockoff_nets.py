@@ -12,9 +12,12 @@ from classifiers.backbones import MLP
 from classifiers.classifier import load_classifier
 from datamodules.sources.digits import Digits
 from extraction import strategy
+from extraction.countermeasures import AveragedOracle, PaddedOracle
 from extraction.defences import GaussianNoise
 from extraction.knockoff_nets import KnockoffNets
+from extraction.ledger import BudgetError
 from extraction.oracle import LocalClient, LocalOracle
+from extraction.strategy import SIMILARITIES
 from poisoning.label_flip import LabelFlip
 from tests.helpers import mlp, refused
 
@@ -62,6 +65,43 @@ def test_the_budget_is_spent_without_replacement_and_counted(victim: str) -> Non
     assert everything.facts()["queries"] == len(everything.train_set) == pool
 
 
+def test_the_cost_is_at_the_price_of_now(victim: str) -> None:
+    for price in (2.0, 5.0):  # the second time all answers are in the store
+        data = ready(KnockoffNets(Digits(), LocalOracle(victim, price=price), 100))
+        assert data.facts()["cost"] == pytest.approx(100 * price / 1000)
+        data = ready(KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim, price=price), 4), 100))
+        assert data.facts()["cost"] == pytest.approx(100 * price / 1000)
+
+
+def test_a_budget_in_samples_is_kept(victim: str) -> None:
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim), 100, samples_budget=30))
+    assert (data.facts()["queries"], data.facts()["samples"]) == (30, 30)
+    data = ready(KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim), 4), 1000, samples_budget=30))
+    assert (data.facts()["queries"], data.facts()["samples"]) == (120, 30)
+    data = ready(KnockoffNets(Digits(), AveragedOracle(LocalOracle(victim), 4), 100, samples_budget=30))
+    assert (data.facts()["queries"], data.facts()["samples"]) == (100, 25)
+    hidden = PaddedOracle(LocalOracle(victim), Digits(split_seed=5), 0.5)
+    data = ready(KnockoffNets(Digits(), hidden, 1000, samples_budget=30))
+    assert len(data.train_set) == 15
+    assert data.facts()["samples"] == 30
+    with refused("samples_budget = 0", "1 or more"):
+        KnockoffNets(Digits(), LocalOracle(victim), 100, samples_budget=0)
+    with refused("samples_budget = 1", "2 or more"):
+        KnockoffNets(Digits(), hidden, 100, samples_budget=1)
+
+
+def test_beyond_the_budget_in_samples_the_model_does_not_run(victim: str) -> None:
+    client = LocalOracle(victim).client("ann", samples=3)
+    images = torch.arange(4 * 64, dtype=torch.uint8).reshape(4, 1, 8, 8)
+    client.query(images[:3])
+    calls = client.service.calls
+    with pytest.raises(BudgetError, match="samples = 3: 3 samples are spent and 1 more"):
+        client.query(images)
+    client.query(images[:3].repeat(5, 1, 1, 1))  # the same again are queries, and no new samples
+    assert client.service.calls == calls
+    assert client.account[:2] == (18, 3)
+
+
 def Digits_train() -> torch.Tensor:
     data = Digits()
     data.prepare_data()
@@ -90,6 +130,27 @@ def test_another_pool_gets_new_ids_and_the_tasks_measures(victim: str) -> None:
         "fidelity_boundary_kl",
     }
     assert data.facts()["queries"] == 60, "an evaluation is none of the attacker's queries"
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_fidelity_is_measured_on_named_sets_too(victim: str, similarity: str) -> None:
+    other = Digits(split_seed=9)
+    plain = ready(KnockoffNets(Digits(), LocalOracle(victim), 60, seed=1))
+    data = ready(KnockoffNets(Digits(), LocalOracle(victim), 60, None, 1.0, similarity, {"other": other}, 1))
+    data.setup("test")
+    found = {measure.name: (each.images, measure) for each in data.evaluations("test") for measure in each.measures}
+    assert {"fidelity_other", f"fidelity_other_{similarity}"} <= set(found)
+    images, measure = found["fidelity_other"]
+    assert torch.equal(images.ids, other.test_set.ids)
+    with torch.no_grad():
+        scores = load_classifier(victim)(images.images_at(torch.arange(len(images)))).softmax(1)
+    assert torch.equal(measure.target, scores.argmax(1))
+    best = {"kl": 0.0, "total_variation": 0.0, "top_k": 1.0}[similarity]
+    metric = found[f"fidelity_other_{similarity}"][1].make()
+    metric.update(scores.log(), scores)
+    assert float(metric.compute()) == pytest.approx(best, abs=1e-5)
+    assert data.train_set.digest() == plain.train_set.digest()
+    assert data.facts()["queries"] == 60
 
 
 def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +86,89 @@ def test_a_kill_in_the_middle_of_a_charge_leaves_no_trace(tmp_path: Path) -> Non
     assert done.returncode == -signal.SIGKILL
     assert ledger.account("a") == Account(1, 1, 1, 0.001)
     assert ledger.charge("a", "2", images(5)) == 1
+
+
+VERSION_2 = """
+CREATE TABLE requests (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    client TEXT NOT NULL, request TEXT NOT NULL, content TEXT NOT NULL,
+    first INTEGER NOT NULL, queries INTEGER NOT NULL, cost REAL NOT NULL, at REAL NOT NULL,
+    answer BLOB, digest TEXT, seen BLOB,
+    UNIQUE (client, request)
+);
+CREATE TABLE samples (client TEXT NOT NULL, sample BLOB NOT NULL, PRIMARY KEY (client, sample));
+CREATE TABLE flags (client TEXT PRIMARY KEY, at INTEGER NOT NULL);
+INSERT INTO requests VALUES (1, 'a', '1', '', 0, 3, 0.003, 0, NULL, NULL, NULL);
+INSERT INTO requests VALUES (2, 'a', '2', '', 3, 2, 0.002, 0, NULL, NULL, NULL);
+INSERT INTO requests VALUES (3, 'b', '1', '', 0, 1, 0.001, 0, NULL, NULL, NULL);
+INSERT INTO samples VALUES ('a', x'01'), ('a', x'02'), ('b', x'01');
+PRAGMA user_version = 2;
+"""
+
+
+def test_a_file_without_totals_gets_them(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "l")) as connection:
+        connection.executescript(VERSION_2)
+    for _ in range(2):
+        ledger = Ledger(tmp_path / "l", budget=7)
+        assert ledger.account("a") == Account(5, 2, 2, pytest.approx(0.005))
+        assert ledger.account("b") == Account(1, 1, 1, 0.001)
+    assert ledger.charge("a", "3", images(1, 1)) == 5
+    assert ledger.account("a")[:3] == (7, 3, 3)
+    assert (tmp_path / "l").stat().st_mode & 0o077 == 0
+    with closing(sqlite3.connect(tmp_path / "old")) as connection:
+        connection.executescript(VERSION_2.replace("user_version = 2", "user_version = 1"))
+    with refused("ledger", "version 1 and not 3", "another file"):
+        Ledger(tmp_path / "old")
+
+
+def test_only_its_owner_reads_a_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    with ledger.request("a", "1", images(1)) as entry:
+        entry.answer = b"answer"
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"l": 0o600, "l-journal": 0o600}
+
+
+def test_a_charge_costs_the_same_after_many(tmp_path: Path) -> None:
+    """By the work that SQLite does, which no busy machine changes."""
+    ledger = Ledger(tmp_path / "l", budget=10**9, samples=10**9)
+
+    def steps(request: str) -> int:
+        done = 0
+
+        def count() -> int:
+            nonlocal done
+            done += 1
+            return 0
+
+        plain = sqlite3.connect
+
+        def counted(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+            connection = plain(*args, **kwargs)
+            connection.set_progress_handler(count, 1)
+            return connection
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite3, "connect", counted)
+            with ledger.request("a", request, images(1, 2, 3)) as entry:
+                list(entry.watched(entry.number - 1))
+                ledger_since = ledger.since("a", time.time() + 60)
+        assert ledger_since == 0
+        return done
+
+    steps("first")
+    few = steps("early")
+    with closing(sqlite3.connect(tmp_path / "l")) as connection, connection:
+        connection.executemany(
+            "INSERT INTO requests (client, request, content, first, queries, cost, at, seen) "
+            "VALUES ('a', ?, '', 0, 1, 0, 0, x'00')",
+            ((f"r{number}",) for number in range(3000)),
+        )
+        connection.executemany(
+            "INSERT INTO samples VALUES ('a', ?)", ((number.to_bytes(32, "big"),) for number in range(3000))
+        )
+    assert steps("late") <= few + 20
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

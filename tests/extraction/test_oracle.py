@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import extraction
 from classifiers.backbones import SmallCNN
 from classifiers.classifier import ImageClassifier
 from extraction.answers import labels
 from extraction.defences import GaussianNoise, ReverseSigmoid, Rounding
 from extraction.ledger import BudgetError, Ledger
-from extraction.oracle import LocalClient
+from extraction.oracle import LocalClient, LocalOracle
 from extraction.service import Domain, FlaggedError, Model, Service
 from tests.helpers import refused
 
@@ -98,7 +100,62 @@ def test_a_request_sent_again_is_free_and_the_same_to_the_byte(victim: ImageClas
     assert other.account.queries == 20
 
 
-def test_the_module_is_not_to_be_had(victim: ImageClassifier, ledger: Ledger) -> None:
+BEHIND = {"open", "service", "evaluation", "victim", "victim_identity", "_victim", "_opened"}
+"""Attributes of oracles and clients by which a victim, or undefended answers, could be got at."""
+
+OPENERS = {"load_classifier", "load_weights", "find_weights", "load_file", "load_from_checkpoint", "Service"}
+"""What makes or loads a victim."""
+
+OWNERS = {"oracle.py", "service.py", "foreign.py"}
+"""The victim's side of the door."""
+
+STRATEGIES = sorted(
+    path for path in Path(extraction.__path__[0]).glob("*.py") if path.name not in {*OWNERS, "__init__.py"}
+)
+
+
+def reaches(source: str) -> list[str]:
+    """Names in a module by which it would reach behind the oracle: of anything but `self`, whose they may be."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            of = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            file = of == "oracle" and node.attr == "weights"
+            if (node.attr in BEHIND and of != "self") or file or node.attr.startswith("_Service__"):
+                found.append(node.attr)
+        elif isinstance(node, ast.Name) and node.id in OPENERS:
+            found.append(node.id)
+        elif isinstance(node, ast.alias) and node.name in OPENERS:
+            found.append(node.name)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "vars"):
+            found += [str(each.value) for each in node.args if isinstance(each, ast.Constant) and each.value in BEHIND]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "_Service__" in node.value:
+            found.append(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.name)
+def test_no_strategy_reaches_behind_the_oracle(path: Path) -> None:
+    assert not reaches(path.read_text(encoding="utf-8"))
+
+
+def test_what_reaches_behind_an_oracle_is_seen() -> None:
+    for line in (
+        "model = self.oracle.open()",
+        "self.oracle._victim(x)",
+        "client.service._Service__model(x)",
+        "self.oracle.evaluation(ledger)",
+        "from classifiers.classifier import load_classifier",
+        "load_classifier(self.path)",
+        "getattr(self.oracle, 'open')()",
+        "getattr(service, '_Service__model')",
+        "path = self.oracle.weights",
+    ):
+        assert reaches(line), line
+    assert not reaches("answers = self.oracle.client('a').query(images)")
+
+
+def test_the_module_and_the_defence_have_no_name_of_their_own(victim: ImageClassifier, ledger: Ledger) -> None:
     service = Service(victim, ledger, defence=Rounding())
     open_to_all = [value for name, value in vars(service).items() if not name.startswith("_Service__")]
     assert not [value for value in open_to_all if isinstance(value, torch.nn.Module | Rounding)]
@@ -243,10 +300,74 @@ def test_a_detector_goes_on_where_another_process_stopped(victim: ImageClassifie
     other.answer("a", pictures(5, 2).clamp_max(254), "2")
     one.answer("a", pictures(6, 3).clamp_max(254), "3")
     one.answer("a", pictures(6, 3).clamp_max(254), "3")  # sent again: not seen again
-    assert one.state("a") == {"seen": 15}
-    assert other.state("a") == {"seen": 9}
+    assert one.state("a") == other.state("a") == {"seen": 15}
     one.answer("a", pictures(6, 3).clamp_max(254), "4")  # asked again: a query like any other
     assert one.state("a") == {"seen": 21}
+    assert Service(victim, ledger).state("a") == {"seen": 21}, "known without a detector, after a restart"
+
+
+class Counted(Bright):
+    """Counts what all of its kind have looked at."""
+
+    looked = 0
+
+    def fresh(self) -> Counted:
+        return Counted()
+
+    def observe(self, images: Tensor, scores: Tensor) -> bool:
+        Counted.looked += len(images)
+        return super().observe(images, scores)
+
+
+def test_a_request_that_is_refused_leaves_the_detector_where_it_is(victim: ImageClassifier, ledger: Ledger) -> None:
+    service, Counted.looked = Service(victim, ledger, detector=Counted()), 0
+    service.answer("a", pictures(30, 1).clamp_max(254), "1")
+    for number in range(3):
+        with pytest.raises(BudgetError):
+            service.answer("a", pictures(71, 2), f"too many {number}")
+        with refused("images: uint8"):
+            service.answer("a", pictures(1).float(), f"wrong {number}")
+        with refused("request = '1'"):
+            service.answer("a", pictures(2), "1")
+        service.answer("a", pictures(1, 3 + number).clamp_max(254), f"one {number}")
+    assert Counted.looked == 33, "what was seen before is not looked at again"
+
+
+def test_a_request_that_is_undone_after_the_detector_saw_it_is_forgotten(
+    victim: ImageClassifier, ledger: Ledger
+) -> None:
+    class Breaks(GaussianNoise):
+        def __call__(self, scores: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
+            if len(images) == 5:
+                raise KeyboardInterrupt
+            return scores
+
+    service = Service(victim, ledger, detector=Bright(), defence=Breaks(0.1))
+    service.answer("a", pictures(4, 1).clamp_max(254), "1")
+    with pytest.raises(KeyboardInterrupt):
+        service.answer("a", pictures(5, 2).clamp_max(254), "2")
+    service.answer("a", pictures(6, 3).clamp_max(254), "3")
+    assert service.state("a") == {"seen": 10}
+
+
+def test_an_evaluation_does_not_share_the_attackers_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: ImageClassifier
+) -> None:
+    victim.save(tmp_path / "victim.safetensors")
+    images, found = pictures(20), []
+    for order in ("attacker first", "evaluator first"):
+        monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path / order))
+        oracle = LocalOracle(str(tmp_path / "victim.safetensors"), precision="bfloat16")
+        if order == "attacker first":
+            oracle.client("a").query(images)
+        evaluator = oracle.evaluator()
+        found.append(evaluator.query(images).values)
+        shown = oracle.client("a").query(images).values
+        assert not torch.equal(shown, found[-1])
+        torch.testing.assert_close(shown, found[-1], atol=0.02, rtol=0.1)
+    with torch.no_grad():
+        assert torch.equal(found[0], found[1])
+        torch.testing.assert_close(found[0], victim.eval()(images).softmax(1), atol=1e-6, rtol=1e-5)
 
 
 def test_a_watched_client_is_answered_and_a_degraded_one_misled(victim: ImageClassifier, tmp_path: Path) -> None:
@@ -264,3 +385,7 @@ def test_real_inputs_in_double_precision(ledger: Ledger) -> None:
     assert torch.equal(oracle.query(inputs).values, 2 * inputs)
     with refused("float64 (N, 3)", "uint8"):
         oracle.query(inputs.byte())
+    for wrong in (float("nan"), float("inf")):
+        with refused("images: NaN or infinite"):
+            oracle.query(torch.tensor([[0, wrong, 0]], dtype=torch.float64))
+    assert oracle.account.queries == 5

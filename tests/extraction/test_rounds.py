@@ -75,6 +75,14 @@ def test_no_image_is_asked_about_twice_and_the_budget_is_spent(victim: str, stra
         assert torch.equal(data.train_set.labels, load_classifier(victim)(everything).argmax(1))
 
 
+def test_a_budget_in_samples_is_that_of_all_rounds(victim: str) -> None:
+    data = ActiveLearning(Digits(batch_size=50), LocalOracle(victim), 100, "margin", 3, 0.2, samples_budget=40)
+    seen: list[list[int]] = []
+    by_rounds(3, callbacks=[sets_of(data, seen)]).fit(surrogate(data), data)
+    assert [len(ids) for ids in seen] == [8, 24, 40]
+    assert data.facts()["samples"] == 40
+
+
 def test_a_pool_that_is_smaller_than_the_budget_is_asked_about_whole(victim: str) -> None:
     data = ActiveLearning(Digits(batch_size=500), LocalOracle(victim, "label"), 10**6, "margin", 2, 0.001)
     by_rounds(2).fit(surrogate(data), data)
@@ -112,6 +120,42 @@ def test_what_is_chosen_is_the_least_certain_of_what_is_left(victim: str, strate
     chosen = torch.isin(pool.ids, ids)
     assert not (chosen & ~left).any()
     assert uncertain[chosen].max() <= uncertain[left & ~chosen].min()
+
+
+def test_k_center_starts_at_what_was_asked_about(victim: str) -> None:
+    data = ActiveLearning(Digits(), LocalOracle(victim, "label"), 60, "k_center", 2, 0.5)
+    data.prepare_data()
+    data.setup("fit")
+    pool, model = data.base.train_set, surrogate(data).eval()
+    scores = predicted(model, pool, torch.arange(len(pool))).double()
+    for rows in (torch.arange(30), torch.arange(700, 730)):
+        none = torch.zeros(30, dtype=torch.int64)
+        ids = data.choose(1, model, pool, Asked(pool.images_at(rows), pool.ids[rows], none, none))[1]
+        centres = rows
+        for chosen in torch.searchsorted(pool.ids, ids).tolist():  # each is as far as can be from all before it
+            far = torch.cdist(scores, scores[centres]).amin(1)
+            assert float(far[chosen]) >= float(far.max()) - 1e-5
+            centres = torch.cat([centres, torch.tensor([chosen])])
+
+
+@pytest.mark.parametrize("strategy", ["dfal", "dfal_k_center"])
+def test_dfal_asks_about_the_nearest_to_a_boundary(victim: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def distance(model: Any, images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1)
+
+    monkeypatch.setattr("extraction.active_learning.deepfool", distance)
+    data = ActiveLearning(Digits(), LocalOracle(victim, "label"), 60, strategy, 2, 0.5, candidates=10**6)
+    data.prepare_data()
+    data.setup("fit")
+    pool, none = data.base.train_set, torch.zeros(30, dtype=torch.int64)
+    images, ids = data.first(pool)
+    found = data.choose(1, surrogate(data).eval(), pool, Asked(images, ids, none, none))[1]
+    left = ~torch.isin(pool.ids, ids)
+    far = distance(None, pool.images_at(torch.arange(len(pool))).float() / 255)
+    chosen, limit = torch.isin(pool.ids, found), far[left].sort().values
+    most = limit[29] if strategy == "dfal" else limit[int(left.sum()) // 2 - 1]
+    assert int(chosen.sum()) == 30
+    assert far[chosen].max() <= most + 1e-4
 
 
 def test_dfal_looks_at_no_more_candidates_than_it_was_given(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +325,20 @@ def test_the_sign_changes_every_period_and_late_rounds_step_from_a_reservoir(
     # rounds 1 … 4 double; 5, 6 and 7 step from ten
     assert [n for n, _ in steps] == [4, 8, 16, 32, 10, 10, 10]
     assert [step for _, step in steps] == [0.2, 0.2, 0.2, -0.2, -0.2, -0.2, 0.2]
+
+
+def test_each_image_is_stepped_from_along_its_own_answer(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = load_classifier(victim), []
+
+    def record(surrogate: Any, images: Tensor, labels: Tensor, step: float) -> Tensor:
+        with torch.no_grad():
+            seen.append(bool((labels == model(images).argmax(1)).all()) and len(labels.unique()) > 1)
+        return stepped(surrogate, images, labels, step)
+
+    monkeypatch.setattr("extraction.jacobian_augmentation.stepped", record)
+    data = jacobian(victim, budget=300, seeds=30, rounds=5, reservoir_after=2, reservoir=20)
+    by_rounds(5).fit(surrogate(data), data)
+    assert seen == [True] * 4
 
 
 def test_one_round_is_the_seeds_alone(victim: str) -> None:

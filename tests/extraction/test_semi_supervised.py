@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from classifiers.backbones import MLP
 from classifiers.classifier import ImageClassifier
-from datamodules.augment import FlipCrop
+from datamodules.augment import Augmentation, FlipCrop
 from datamodules.imageset import labelled
 from datamodules.sources.digits import Digits
 from extraction.fixmatch import FixMatchSurrogate, fixmatch_loss
@@ -180,6 +181,40 @@ def test_a_run_that_is_resumed_in_the_middle_of_an_epoch_ends_the_same(
     trainer = tiny_trainer(max_epochs=2, limit_val_batches=0)
     trainer.fit(model, some, ckpt_path=str(tmp_path / "step=7.ckpt"), weights_only=True)
     assert torch.equal(state(model), whole)
+
+
+class Same(Augmentation):
+    """The image itself."""
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+        return images
+
+
+class Blank(Augmentation):
+    """Nothing of the image."""
+
+    def __call__(self, images: torch.Tensor, ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+        return torch.zeros_like(images)
+
+
+def test_fixmatch_guesses_by_the_weak_copies_and_learns_on_the_strong_ones(
+    trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def record(known: torch.Tensor, targets: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append((known.detach(), rest[0].detach(), rest[1].detach()))
+        return fixmatch_loss(known, targets, *rest)
+
+    monkeypatch.setattr("extraction.fixmatch.fixmatch_loss", record)
+    some = data(trained)
+    model = mlp(some, FixMatchSurrogate, weak=Same(), strong=Blank(), ema=None)
+    tiny_trainer(max_steps=1, limit_val_batches=0).fit(model, some)
+    [(known, weak, strong)] = seen
+    assert (len(known), len(weak), len(strong)) == (16, 48, 48)
+    torch.testing.assert_close(strong, strong[:1].expand_as(strong))
+    assert float((weak - weak[:1]).abs().max()) > 1e-3
+    assert float((known - known[:1]).abs().max()) > 1e-3
 
 
 def test_unlabelled_images_raise_fidelity(trained: str) -> None:
