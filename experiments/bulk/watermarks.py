@@ -7,11 +7,11 @@ none depends on a seed, so that a p-value means what it says. Results of two run
 from __future__ import annotations
 
 import copy
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -303,7 +303,7 @@ def _make_key(folder: Path, data: ImageDataModule, source: str, n: int) -> None:
         held = data.val_set
         if len(held) < n:
             raise InputError(f"source = 'images': the holdout has {len(held)} images, and {n} triggers are wanted")
-        rows = torch.tensor(SystemRandom().sample(range(len(held)), n))  # a key depends on no seed
+        rows = torch.tensor(secrets.SystemRandom().sample(range(len(held)), n))  # a key depends on no seed
         images, truths = held.images_at(rows).numpy(), held.labels[rows].tolist()
     shape = (channels, height, width)
     keygen(folder, classes=classes, shape=shape, n=n, source=source, images=images, truths=truths)

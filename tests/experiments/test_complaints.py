@@ -213,7 +213,7 @@ VALUES = {
     "--model.backbone=Linear": (
         "model.backbone = 'Linear'",
         "several classes have that name",
-        "write torch.nn.Linear or",
+        "torch.nn.Linear or",
     ),
     "--data=nosuch.module.Data": ("data: there is no module nosuch", "PYTHONPATH"),
     "--data=data/nosuch.yaml": ("data = 'data/nosuch.yaml'", "no such file"),
