@@ -74,6 +74,26 @@ class Network:
         return (x @ self.weights.T + self.biases).relu() @ self.outputs.T + self.constants
 
 
+def twin(network: Network, seed: int) -> Network:
+    """The same function with other parameters: units in another order, each scaled by what its column undoes.
+
+    It is why parameters are not what an extraction can find, and not what it is judged by.
+
+    Args:
+        network: Any.
+        seed: Of the order and the factors, from ½ to 2.
+    """
+    private = generator(seed, "twin")
+    order = torch.randperm(len(network.weights), generator=private)
+    scale = 2 ** (2 * torch.rand(len(order), generator=private, dtype=torch.float64) - 1)
+    return Network(
+        scale[:, None] * network.weights[order],
+        scale * network.biases[order],
+        network.outputs[:, order] / scale,
+        network.constants,
+    )
+
+
 @dataclass
 class _Found:
     """Units so far, each oriented towards the line that it was found on."""

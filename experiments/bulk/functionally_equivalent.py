@@ -19,7 +19,16 @@ from datamodules.random import generator
 from experiments import rundir
 from experiments.bulk.end_to_end import read_source
 from extraction.defences import Rounding
-from extraction.functionally_equivalent import ExtractionError, Network, Query, as_classifier, certify, extract, through
+from extraction.functionally_equivalent import (
+    ExtractionError,
+    Network,
+    Query,
+    as_classifier,
+    certify,
+    extract,
+    through,
+    twin,
+)
 from extraction.ledger import BudgetError, Ledger
 from extraction.oracle import LocalClient
 from extraction.service import Domain, Service
@@ -47,7 +56,8 @@ def recover(
         victims: Grid values that belong to the victim and have done their work.
 
     Returns:
-        One row; ``failure`` says why there is no network, where there is none.
+        One row; ``failure`` says why there is no network, where there is none. ``twin_difference`` and
+        ``twin_parameters``: how far the logits, and the first layer's weights, of the victim's `twin` are from its own.
 
     Raises:
         InputError: If the weights are of another network, or `answers` is wrong.
@@ -101,7 +111,10 @@ def recover(
     if answers != "one_logit":  # which alone names no class
         made = model.architecture
         as_classifier(found, made.image_shape, made.mean, made.std).save(folder / WEIGHTS)
+    same = twin(truth, seed)
     row |= {
+        "twin_difference": certify(same, truth, {"test": inputs["test"]}).differences["test"],
+        "twin_parameters": float((same.weights - truth.weights).norm() / truth.weights.norm()),
         "recovered": 1,
         "failure": "",
         "width_found": len(found.weights),
