@@ -52,6 +52,8 @@ class Record(Callback):
         self._trained = False
         self._sigterm: Any = None
         self._terminated = False
+        self._sigint: Any = None
+        self._interrupted = False
 
     # --- beginning ---------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -164,15 +166,23 @@ class Record(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of several processes, let each only take note of a SIGTERM.
+        """Let no Ctrl-C be lost; of several processes, let each only take note of a SIGTERM.
 
-        Lightning's handler waits for the others in the midst of a step, and hangs if they are not at the same one.
+        Python swallows a KeyboardInterrupt that happens to be raised in a destructor or a weak reference's callback,
+        and training would go on. Lightning's handler of SIGTERM waits for the other processes in the midst of a step,
+        and hangs if they are not at the same one.
         """
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._sigint = signal.signal(signal.SIGINT, self._interrupt)
+        if trainer.world_size > 1:
             signal.signal(signal.SIGTERM, self._take_note)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop together, if one of several processes was told to."""
+        """Interrupt what a swallowed Ctrl-C did not; stop together, if one of several processes was told to."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         if trainer.world_size > 1:
             self._agree(trainer)
 
@@ -193,6 +203,10 @@ class Record(Callback):
         if trainer.state.fn == "validate":
             self._finish(trainer, pl_module)
 
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def _take_note(self, *_: Any) -> None:
         self._terminated = True
 
@@ -208,6 +222,9 @@ class Record(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notice that training took place."""
         self._trained = True
+        if self._sigint is not None:
+            signal.signal(signal.SIGINT, self._sigint)
+            self._sigint = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights and the curves."""
@@ -248,6 +265,7 @@ class Record(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how the run ended; on SIGTERM leave a checkpoint to go on from."""
+        self._interrupted = False
         checkpoints, fitting = self.folder / "checkpoints", trainer.state.fn == "fit"
         interrupted = isinstance(exception, SIGTERMException | KeyboardInterrupt)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import Callback, LightningModule, Trainer
 
 from classifiers.backbones import Backbone
 from classifiers.classifier import ImageClassifier
@@ -292,6 +294,27 @@ def test_ways_to_end(tmp_path: Path) -> None:
         assert "Traceback" not in process.text
         assert '"interrupted"' in (run / "status.json").read_text()
         assert ("go on with" in process.text) == any((run / "checkpoints").glob("*.ckpt"))
+
+
+class Swallowed(Callback):
+    """A Ctrl-C at a moment when Python drops exceptions, as in a destructor."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """In the third step."""
+        if trainer.global_step == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_a_swallowed_ctrl_c_ends_the_step() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert (
+            main(["fit", LINE, *QUIET, f"--trainer.callbacks+={__name__}.Swallowed", "--trainer.max_steps=1000"]) == 130
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert '"interrupted"' in (only_run() / "status.json").read_text()
 
 
 # --- from Python -----------------------------------------------------------------------------------------------------

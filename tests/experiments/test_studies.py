@@ -28,7 +28,7 @@ from experiments.studies.resolve import resolve
 from experiments.studies.results import write_results
 from experiments.studies.spec import read_study
 from experiments.studies.work import _checked
-from tests.experiments.running import fork
+from tests.experiments.running import Fork, fork
 
 TIMES = ("seconds", "code_hash")  # and what somebody may be at work on
 
@@ -642,20 +642,17 @@ def test_no_process_of_a_pool_outlives_its_study(tmp_path: Path, number: int) ->
 def test_a_study_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     path = write(tmp_path / "s.yaml", small(seeds=[0, 1, 2]))
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
-    code = "import sys; from experiments.studies.command import study; sys.exit(study(sys.argv[1:]))"
 
-    def begin(out: Path) -> subprocess.Popen[bytes]:
-        args = [sys.executable, "-c", code, "study", "--config", str(path), "--out", str(out), "--no-report"]
-        return subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def begin(out: Path) -> Fork:
+        return Fork(["study", "--config", str(path), "--out", str(out), "--no-report"], tmp_path / "log")
 
     for number in range(3):
         process = begin(one)
         wanted = 1 + number
         until = time.monotonic() + 120
-        while len(list((one / "cells").glob("*"))) < wanted and process.poll() is None and time.monotonic() < until:
+        while len(list((one / "cells").glob("*"))) < wanted and process.running() and time.monotonic() < until:
             time.sleep(0.02)
         process.kill()
-        process.wait()
         assert not [cell for cell in (one / "cells").iterdir() if not (cell / "cell.json").is_file()]
     assert begin(one).wait(240) == 0
     assert begin(other).wait(240) == 0
