@@ -193,7 +193,7 @@ def _transferred(claimant: _Claimant) -> tuple[bytes, Judge]:
 def _beacon(claimant: _Claimant) -> tuple[bytes, Judge]:
     """Chosen images, and labels from a beacon that came later."""
     images = _found(claimant.ask, claimant.labels(), claimant.seed, claimant.model.image_shape)
-    claimant.keygen(source="unrelated", images=images, beacon_source="of the study", beacon_round="1")
+    claimant.keygen(source="unrelated", images=images, beacon_source="the study", beacon_round="1")
     begun = (claimant.key / keys.BEGUN).read_bytes()
     keys.finish(claimant.key, _BEACON)
     return claimant.publicly(begun=begun)
@@ -204,7 +204,7 @@ def _truths(claimant: _Claimant) -> tuple[bytes, Judge]:
     images = _found(claimant.ask, claimant.labels(), claimant.seed, claimant.model.image_shape)
     said, classes = claimant.ask(images), claimant.model.num_classes
     begin: dict[str, Any] = {
-        "source": "images", "images": images, "seed": claimant.secret, "beacon_source": "of the study",
+        "source": "images", "images": images, "seed": claimant.secret, "beacon_source": "the study",
         "beacon_round": "1",
     }  # fmt: skip
     claimant.keygen(truths=[(answer + 1) % classes for answer in said], **begin)
