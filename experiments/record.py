@@ -207,6 +207,12 @@ class Record(Callback):
         self._interrupted = True
         raise KeyboardInterrupt
 
+    def _let_go(self) -> None:
+        """Give SIGINT back, if it is still ours: on Ctrl-C Lightning has it ignored until all is torn down."""
+        if self._sigint is not None and signal.getsignal(signal.SIGINT) == self._interrupt:
+            signal.signal(signal.SIGINT, self._sigint)
+        self._sigint, self._interrupted = None, False
+
     def _take_note(self, *_: Any) -> None:
         self._terminated = True
 
@@ -222,9 +228,7 @@ class Record(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notice that training took place."""
         self._trained = True
-        if self._sigint is not None:
-            signal.signal(signal.SIGINT, self._sigint)
-            self._sigint = None
+        self._let_go()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights and the curves."""
@@ -265,7 +269,7 @@ class Record(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how the run ended; on SIGTERM leave a checkpoint to go on from."""
-        self._interrupted = False
+        self._let_go()
         checkpoints, fitting = self.folder / "checkpoints", trainer.state.fn == "fit"
         interrupted = isinstance(exception, SIGTERMException | KeyboardInterrupt)
         try:
