@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import Callback, LightningModule
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from classifiers.backbones.backbone import Backbone, features_of, last_layer, named_backbone
+from classifiers.torch_files import check_torch
 from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
@@ -410,6 +411,18 @@ class ImageClassifier(LightningModule):
         return datamodule
 
     # --- weights -----------------------------------------------------------------------------------------------------
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's own, after a look at the checksums: it would load a damaged file without a word.
+
+        Raises:
+            InputError: If the file was altered or truncated.
+        """
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
+            check_torch(Path(checkpoint_path))
+        found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return found
+
     def load(self, path: str | Path, new_head: bool = False) -> None:
         """Start from a weights file or a checkpoint.
 

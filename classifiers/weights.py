@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from classifiers.torch_files import read_torch
 from datamodules.errors import InputError
 from datamodules.files import unwritable
 from datamodules.imageset import fingerprint
@@ -137,9 +138,10 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Architecture | Non
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 – not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"weights = {str(path)!r}: truncated, or not a safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        return tensors, None
-    if metadata.get("sha256") != _seal(content_hash(tensors), metadata.get("architecture", "")):
+    if not {"sha256", "architecture"} & metadata.keys() and metadata.get("format") != FORMAT:
+        return tensors, None  # of another maker
+    seal = _seal(content_hash(tensors), metadata.get("architecture", ""))
+    if (metadata.get("format"), metadata.get("sha256")) != (FORMAT, seal):
         raise InputError(
             f"weights = {str(path)!r}: the content does not match its hash: it was altered or damaged; get it again"
         )
@@ -175,16 +177,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with ``weights_only``: no code in it can run.
 
     Raises:
-        InputError: If it is truncated, or holds more than tensors and plain values.
+        InputError: If it is truncated or altered, or holds more than tensors and plain values.
     """
-    try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises is not documented, and differs with the damage
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            raise InputError(
-                f"{path}: refused: it holds more than tensors and plain values, and might run code"
-            ) from error
-        raise InputError(f"{path}: truncated or not a checkpoint ({' '.join(str(error).split())[:120]})") from error
+    loaded: dict[str, Any] = read_torch(path)
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: not a checkpoint")
     return loaded

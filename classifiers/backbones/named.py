@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from classifiers.backbones.backbone import Backbone, as_rgb, check_rgb, last_layer
+from classifiers.torch_files import check_torch, read_torch
+from classifiers.weights import load_weights
 from datamodules.errors import InputError, bad, did_you_mean
 
 TIMM_RESERVED = (
@@ -171,10 +173,15 @@ def load_torchvision(model: nn.Module, layer: nn.Linear, name: str, pretrained: 
         import torchvision
 
         weights = torchvision.models.get_model_weights(name).DEFAULT
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if file.is_file():  # its hash was compared when it was fetched, and is not when it is found again
+            try:
+                check_torch(file)
+            except InputError as error:
+                raise bad("pretrained", pretrained, f"{error}: remove it, and it is fetched anew") from error
         try:
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except Exception as error:  # the network's errors, a wrong hash, a damaged file
-            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
             remedy = (
                 f"no usable {file} ($TORCH_HOME/hub/checkpoints), and {weights.url} cannot be fetched "
                 f"({one_line(error)}); put the file there, or name another one, pretrained: PATH"
@@ -193,13 +200,9 @@ def load_file(model: nn.Module, layer: nn.Linear, path: str) -> None:
     if not file.is_file():
         raise bad("pretrained", path, f"there is no file {file.absolute()}")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file as read
-
-            state = read(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file shows in many ways
+        # of ours, the seal is compared; of others', torch's archives have checksums, and safetensors has none
+        state = load_weights(file)[0] if file.suffix == ".safetensors" else read_torch(file, unchecked=True)
+    except InputError as error:
         raise bad("pretrained", path, f"cannot be read as weights: {one_line(error)}") from error
     for key in ("state_dict", "model"):  # as training scripts store it, next to the optimiser
         if isinstance(state, dict) and isinstance(state.get(key), dict):
