@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +30,7 @@ from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch, labelled
-from datamodules.measures import Evaluation, Hits, Interval, wilson
+from datamodules.measures import Evaluation, Hits, Interval, Range, answered, wilson
 from datamodules.random import derive
 
 BackboneFactory = Callable[[tuple[int, int, int], int], Backbone] | Callable[[tuple[int, int, int], int], nn.Module]
@@ -151,6 +152,8 @@ class ImageClassifier(LightningModule):
         if compile:
             self.net.compile()
         self.measured: dict[str, Interval] = {}
+        self.notes: list[str] = []
+        self._ranges = [Range(), Range()]  # of answers, and of what would have been hits; in a list: no submodules
         self._stages: dict[str, list[tuple[Evaluation, list[Metric]]]] = {}
         self._targets: dict[int, Tensor] = {}
         self._draws = any("drop" in type(module).__name__.lower() for module in self.net.modules())
@@ -168,13 +171,22 @@ class ImageClassifier(LightningModule):
         return images.to(real) * self.scale + self.shift
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, C, H, W), uint8 or real values in [0, 1]."""
+        """Logits (N, K) of images (N, C, H, W), uint8 or real values in [0, 1].
+
+        Raises:
+            NoAnswerError: If it is asked – outside of training, and without a gradient – and they are no numbers.
+        """
         logits: Tensor = self.net(self.normalise(images))
-        return logits
+        return logits if self.training or torch.is_grad_enabled() else answered(logits, type(self).__name__)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer gets: (N, F)."""
-        return features_of(self.net, self.normalise(images))
+        """What the last layer gets: (N, F).
+
+        Raises:
+            NoAnswerError: As `forward`.
+        """
+        found = features_of(self.net, self.normalise(images))
+        return found if self.training or torch.is_grad_enabled() else answered(found, type(self).__name__)
 
     # --- training ----------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> ImageClassifier:
@@ -313,14 +325,20 @@ class ImageClassifier(LightningModule):
 
     def _check_loss(self) -> None:
         if self._losses.count and not bool(torch.isfinite(self._losses.sum)):
+            saved = any(callback._last_checkpoint_saved for callback in self._checkpointing())
+            more = "; the last checkpoint is from before" if saved or self.trainer.ckpt_path else ""
             raise InputError(
                 f"the loss is no longer a number at step {self.global_step} (epoch {self.current_epoch}): "
-                "lower the learning rate; the last checkpoint is from before"
+                f"lower the learning rate{more}"
             )
+
+    def _checkpointing(self) -> list[ModelCheckpoint]:
+        return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
     # --- measuring ---------------------------------------------------------------------------------------------------
     def on_validation_epoch_start(self) -> None:
-        """Make the metrics of the holdout."""
+        """Make the metrics of the holdout; in training, stop first if the loss is no number."""
+        self._check_loss()
         self._begin("val")
 
     def on_test_epoch_start(self) -> None:
@@ -362,7 +380,10 @@ class ImageClassifier(LightningModule):
         for measure, metric in zip(evaluation.measures, metrics, strict=True):
             target = self._target(measure.target)[rows]
             if isinstance(metric, Hits):
-                metric.update(logits, target.masked_fill(~real, -1))
+                wanted = target.masked_fill(~real, -1)
+                metric.update(logits, wanted)
+                self._ranges[0].update(logits.argmax(1), wanted >= 0)
+                self._ranges[1].update(wanted, wanted >= 0)
             elif bool(real.any()):  # many metrics refuse an empty batch
                 metric.update(logits[real], target[real])
 
@@ -377,6 +398,7 @@ class ImageClassifier(LightningModule):
         if twice:
             raise InputError(f"measures {sorted(twice)} are declared twice: give one of the nested datamodules a name")
         self._targets = {}
+        self._ranges = [Range().to(self.device), Range().to(self.device)]
         self._stages[stage] = [
             (evaluation, [measure.make().to(self.device) for measure in evaluation.measures])
             for evaluation in evaluations
@@ -395,6 +417,10 @@ class ImageClassifier(LightningModule):
         for name, interval in found.items():
             self.log(f"{stage}/{name}", interval.value, rank_zero_only=True)
         self.measured = found
+        (lowest, highest), (first, last) = (each.compute().tolist() for each in self._ranges)
+        self.notes = []
+        if lowest == highest and first < last:
+            self.notes.append(f"the model answers class {lowest} for every image: it tells nothing apart")
 
     def _target(self, target: Tensor) -> Tensor:
         key = id(target)
@@ -453,6 +479,12 @@ class ImageClassifier(LightningModule):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise MisfitError(
                 f"weights = {str(path)!r}: they do not fit {type(self.net).__name__}{made}: {wrong[0]}{more}"
+            )
+        broken = [name for name in own if not bool(torch.isfinite(tensors[name]).all())]
+        if broken:
+            raise MisfitError(
+                f"weights = {str(path)!r}: {len(broken)} of their {len(own)} tensors hold NaN or infinite values "
+                f"({broken[0]}): the training that made them failed; train anew, with a lower learning rate"
             )
         own_statistics = (self.architecture.mean, self.architecture.std)
         if architecture is not None and (architecture.mean, architecture.std) != own_statistics:
@@ -560,6 +592,5 @@ def _describe(
 def _interval(metric: Metric, n: int) -> Interval:
     value = metric.compute()
     if isinstance(metric, Hits):
-        hits, cases = value.tolist()
-        return wilson(hits, cases)
+        return wilson(*value.tolist())
     return Interval(float(value), n, float("nan"), float("nan"))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import InputError, bad
+from datamodules.measures import answered
 from datamodules.random import generator
 
 _CACHE = 2**23
@@ -79,8 +80,12 @@ def scores(layers: LastLayers, features: Tensor) -> Tensor:
     Args:
         layers: T of them.
         features: (M, F), the same for all layers; or (T, M, F), some for each.
+
+    Raises:
+        NoAnswerError: If one of them is no number.
     """
-    return torch.baddbmm(layers.biases[:, None, :], features.expand(len(layers.weights), -1, -1), layers.weights.mT)
+    found = torch.baddbmm(layers.biases[:, None, :], features.expand(len(layers.weights), -1, -1), layers.weights.mT)
+    return answered(found, "last layers")
 
 
 @torch.no_grad()

@@ -59,8 +59,32 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, n, mean - half, mean + half)
 
 
+class NoAnswerError(InputError):
+    """A network answered with what is no number, so that it says nothing of any image."""
+
+
+def answered(scores: Tensor, who: str = "the model") -> Tensor:
+    """Scores or logits (…, K) of a network that was asked, as they came.
+
+    The arg max of NaN is class 0 and the arg max of infinities any class: either would count as an answer.
+
+    Args:
+        scores: What it said.
+        who: What the network is called where it is refused.
+
+    Raises:
+        NoAnswerError: If one of them is NaN or infinite.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise NoAnswerError(
+            f"{who}: its answers are NaN or infinite, and mean nothing: the training that made its weights failed "
+            "(lower the learning rate), or they were damaged, or they overflow in this precision"
+        )
+    return scores
+
+
 class Hits(Metric):
-    """Counts rows whose arg max equals the target; targets below zero are left out.
+    """Counts rows whose arg max equals the target; targets below zero are left out, and NaN and infinity hit nothing.
 
     `compute` gives int64 (2,): hits and cases, exact and summed over all ranks.
     """
@@ -77,12 +101,38 @@ class Hits(Metric):
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count a batch: logits (B, K), target int64 (B,)."""
         counted = target >= 0
-        self.hits += ((logits.argmax(1) == target) & counted).sum()
+        self.hits += ((logits.argmax(1) == target) & counted & logits.isfinite().all(1)).sum()
         self.cases += counted.sum()
 
     def compute(self) -> Tensor:
         """Hits and cases so far."""
         return torch.stack([self.hits, self.cases])
+
+
+class Range(Metric):
+    """The lowest and the highest of some classes: where they are the same, it is one class all through.
+
+    `compute` gives int64 (2,), over all ranks; the lowest is above the highest where there was none.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("lowest", torch.tensor(torch.iinfo(torch.int64).max), dist_reduce_fx="min")
+        self.add_state("highest", torch.tensor(-1), dist_reduce_fx="max")
+
+    def update(self, classes: Tensor, real: Tensor) -> None:
+        """See a batch: int64 (B,), and bool (B,): which of the rows count."""
+        if len(classes):
+            self.lowest = torch.minimum(self.lowest, classes.masked_fill(~real, torch.iinfo(torch.int64).max).min())
+            self.highest = torch.maximum(self.highest, classes.masked_fill(~real, -1).max())
+
+    def compute(self) -> Tensor:
+        """The lowest and the highest class so far."""
+        return torch.stack([self.lowest, self.highest])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import sys
 
 from classifiers.classifier import MisfitError
 from datamodules.errors import InputError
+from datamodules.measures import NoAnswerError
 from experiments.arguments import value_of
 from experiments.cli import start
 
@@ -45,7 +46,11 @@ def accept(args: list[str]) -> int:
     except MisfitError as error:
         print(f"rejected: {error}", file=sys.stderr)
         return 1
-    line.execute()
+    try:
+        line.execute()
+    except NoAnswerError as error:
+        print(f"rejected: {error}", file=sys.stderr)
+        return 1
     if line.record.accepted is None:
         raise InputError("model.acceptance: the gate needs a holdout; set val_fraction above 0")
     return 0 if line.record.accepted else 1

@@ -56,12 +56,23 @@ def prepare(args: list[str]) -> Arguments:
             prepared.append(f"{key}={shipped(value)}" if equals else shipped(arg))
     if not resume:
         return Arguments(prepared, name, None)
-    folder = Path(resume)
+    folder = _run(resume)
     config = folder / "config.yaml"
-    if not config.is_file():
-        raise bad("resume", resume, "there is no config.yaml in it; give the folder of a run")
     prepared = [args[0], "--config", str(config), *prepared[1:], f"--ckpt_path={last_checkpoint(folder)}"]
     return Arguments(prepared, folder.resolve().parent.name, folder)
+
+
+def _run(resume: str) -> Path:
+    """The folder of a run; of all runs of a config, the newest.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    folder = Path(resume)
+    for found in (folder, *sorted(folder.glob("*/"), reverse=True)):  # runs are named by their time
+        if (found / "config.yaml").is_file():
+            return found
+    raise bad("resume", resume, "there is no config.yaml in it; give the folder of a run")
 
 
 def value_of(rest: Iterator[str], key: str) -> str:

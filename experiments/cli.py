@@ -236,7 +236,7 @@ class CommandLine(LightningCLI):
         """Show what was measured."""
         if self.show and self.trainer.is_global_zero:
             acceptance = getattr(self.model, "acceptance", None)
-            print_table(self.record.measures, self.record.accepted, acceptance, self.record.folder)
+            print_table(self.record.measures, self.record.accepted, acceptance, self.record.folder, self.record.notes)
 
     def after_validate(self) -> None:
         """Show what was measured."""
@@ -255,6 +255,7 @@ class Result:
         measures: By name, each with value, n and 95 % interval.
         accepted: The acceptance gate's verdict; None without a gate.
         facts: What is known without the model.
+        notes: What a reader of the measures must know, such as that nothing was trained.
         directory: The run's folder.
         seconds: Wall time of the whole run.
         model: As it was when the run ended.
@@ -270,6 +271,7 @@ class Result:
     model: LightningModule
     datamodule: LightningDataModule
     trainer: Trainer
+    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -308,6 +310,7 @@ def run(
         model=line.model,
         datamodule=datamodule,
         trainer=line.trainer,
+        notes=tuple(line.record.notes),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from datamodules.errors import InputError
 from datamodules.files import write_atomically
 from datamodules.imageset import ImageSet
 from datamodules.measures import Interval
-from experiments import pictures, rundir
+from experiments import notes, pictures, rundir
 from experiments.wandb_logger import Wandb
 
 
@@ -47,9 +48,12 @@ class Record(Callback):
         self.history: list[dict[str, float]] = []
         self.measures: dict[str, Interval] = {}
         self.accepted: bool | None = None
+        self.notes: list[str] = []
         self.predictions: list[dict[str, Any]] = []
         self._recorded: ImageSet | None = None
         self._trained = False
+        self._begun: list[float] = []
+        self._told: list[str] = []
         self._sigterm: Any = None
         self._terminated = False
         self._sigint: Any = None
@@ -74,6 +78,7 @@ class Record(Callback):
         self._write_manifest(trainer)
         if not trainer.is_global_zero:
             return
+        self._told = notes.before_fit(trainer, datamodule)
         if self.show and not datamodule.secret:
             pictures.write_grid(datamodule, self.folder / "poisons.png")
         for logger in trainer.loggers:
@@ -166,12 +171,17 @@ class Record(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let no Ctrl-C be lost; of several processes, let each only take note of a SIGTERM.
+        """Say what is known of the figures already; remember the weights; let no Ctrl-C be lost.
+
+        Of several processes, each only takes note of a SIGTERM.
 
         Python swallows a KeyboardInterrupt that happens to be raised in a destructor or a weak reference's callback,
         and training would go on. Lightning's handler of SIGTERM waits for the other processes in the midst of a step,
         and hangs if they are not at the same one.
         """
+        self._begun = notes.sums(pl_module)
+        for note in self._told if self.show and not self._trained else ():
+            print(f"note: {note}")
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -232,6 +242,7 @@ class Record(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights and the curves."""
+        self._told = [*self._told, *notes.after_fit(trainer, self._trained, notes.sums(pl_module) != self._begun)]
         if not self._trained:  # it resumed a run that was complete: weights are to be averaged all the same
             for callback in getattr(trainer, "callbacks", []):  # typed too narrowly
                 if isinstance(callback, WeightAveraging):
@@ -287,6 +298,9 @@ class Record(Callback):
             return
         self.measures = pl_module.measured
         self.accepted = getattr(pl_module, "accepted", None)
+        split = "val" if trainer.state.fn == "validate" else "test"
+        found = [*self._told, *notes.measured_on(trainer, _datamodule(trainer), split), *pl_module.notes]
+        self.notes = list(dict.fromkeys(found))
         if not trainer.is_global_zero:
             return
         datamodule = _datamodule(trainer)
@@ -297,6 +311,7 @@ class Record(Callback):
                     name: {"value": each.value, "n": each.n, "low": each.low, "high": each.high}
                     for name, each in self.measures.items()
                 },
+                "notes": self.notes,
                 "accepted": self.accepted,
                 "acceptance": getattr(pl_module, "acceptance", None),
                 "facts": {} if datamodule.secret else datamodule.facts(),
@@ -315,8 +330,14 @@ class Record(Callback):
         rundir.set_status(self.folder, "finished")
 
 
-def print_table(measures: dict[str, Interval], accepted: bool | None, acceptance: float | None, folder: Path) -> None:
-    """The table that ends a run."""
+def print_table(
+    measures: dict[str, Interval],
+    accepted: bool | None,
+    acceptance: float | None,
+    folder: Path,
+    notes: Sequence[str] = (),
+) -> None:
+    """The table that ends a run, and what a reader of it must know."""
     from rich.console import Console
     from rich.table import Table
 
@@ -330,6 +351,8 @@ def print_table(measures: dict[str, Interval], accepted: bool | None, acceptance
         table.add_row(name.replace("_", " "), value, interval, f"{each.n:,}" if each.n else "")
     console = Console()
     console.print(table)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
     if accepted is not None:
         verdict = "[green]accepted[/]" if accepted else "[red]rejected[/]"
         console.print(f"acceptance gate (a* = {acceptance:.2%} on the holdout): {verdict}")

@@ -119,6 +119,8 @@ def _warnings(shown: Shown) -> list[Html]:
                      "not run yet.")  # fmt: skip
     if cells["failed"]:
         found.append(f"{counted(cells['failed'], 'cell')} of {sum(cells.values()):,} failed; the errors are below.")
+    noted = Counter(note for row in shown.results.finished for note in (row.get("notes") or "").split("; ") if note)
+    found += [f"{counted(n, 'row')}: {note}." for note, n in noted.most_common()]
     return [tag("p", text, class_="warning", role="note") for text in found]
 
 

@@ -27,6 +27,7 @@ FIXED = (
     "error",
     "seed",
     "accepted",
+    "notes",
     *HASHES,
     "threads",
     "seconds",

@@ -17,7 +17,17 @@ from experiments.studies.spec import Study, Value
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster: a study has hundreds of configs
 
-_LAST = ("accepted", "config_hash", "data_hash", "poison_hash", "weights_hash", "code_hash", "threads", "seconds")
+_LAST = (
+    "accepted",
+    "notes",
+    "config_hash",
+    "data_hash",
+    "poison_hash",
+    "weights_hash",
+    "code_hash",
+    "threads",
+    "seconds",
+)
 
 
 def rows_of(study: Study, cells: Sequence[Cell], out: Path) -> list[dict[str, Value]]:
@@ -70,6 +80,8 @@ def _measured(folder: Path) -> dict[str, Value]:
     for name, each in metrics["measures"].items():
         row |= {name: each["value"], f"{name}.low": each["low"], f"{name}.high": each["high"], f"{name}.n": each["n"]}
     row["accepted"] = metrics["accepted"]
+    if metrics.get("notes"):
+        row["notes"] = "; ".join(metrics["notes"])
     row |= {f"fact.{name}": value for name, value in metrics["facts"].items() if isinstance(value, int | float | str)}
     return row | {
         "config_hash": _config_hash(folder / "config.yaml"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from datamodules.errors import InputError, bad
 from datamodules.imageset import fingerprint
+from datamodules.measures import answered
 from extraction.answers import Answers, check_mode, pack, unpack
 from extraction.http.keys import check_key
 from extraction.ledger import Account, BudgetError, Ledger
@@ -183,6 +184,7 @@ class RemoteClient:
                 part.shape[:1]
             }:
                 raise bad("url", self.line.url, "what it answers are no answers to these images; is it such a server?")
+            answered(found["values"], self.line.url)
             parts.append(Answers(**found))
         return Answers(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

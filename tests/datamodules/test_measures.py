@@ -10,7 +10,18 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from datamodules.imageset import PADDING
-from datamodules.measures import Evaluation, Hits, Interval, Measure, Numbered, over_seeds, wilson
+from datamodules.measures import (
+    Evaluation,
+    Hits,
+    Interval,
+    Measure,
+    NoAnswerError,
+    Numbered,
+    Range,
+    answered,
+    over_seeds,
+    wilson,
+)
 from tests.helpers import refused, some_images
 
 CASES = [(0, 1), (1, 1), (0, 10), (10, 10), (1, 10), (5, 10), (81, 263), (9499, 10000), (1, 10**6), (999_999, 10**6)]
@@ -131,6 +142,30 @@ def test_hits_does_not_lose_counts_that_float32_cannot_hold() -> None:
     hits.cases += 2**24
     hits.update(logits_for([1]), torch.tensor([1]))
     assert hits.compute().tolist() == [2**24 + 1, 2**24 + 1]
+
+
+def test_what_is_no_number_hits_nothing() -> None:
+    hits = Hits()
+    nan, inf = float("nan"), float("inf")
+    hits.update(torch.tensor([[nan, nan], [inf, 0.0], [0.0, -inf], [1.0, 0.0]]), torch.tensor([0, 0, 0, 0]))
+    assert hits.compute().tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_answers_that_are_no_numbers_are_refused(value: float) -> None:
+    good = torch.tensor([[0.5, 2.0]])
+    assert answered(good) is good
+    with pytest.raises(NoAnswerError, match=r"^the victim: its answers are NaN or infinite"):
+        answered(torch.tensor([[0.5, value]]), "the victim")
+
+
+def test_the_range_of_classes_of_several_ranks() -> None:
+    merged = Range()
+    for said, real in (([3, 1], [True, False]), ([], []), ([4, 3], [True, True])):
+        rank = Range()
+        rank.update(torch.tensor(said, dtype=torch.int64), torch.tensor(real, dtype=torch.bool))
+        merged.merge_state(rank)
+    assert merged.compute().tolist() == [3, 4]
 
 
 # --- measures and evaluations -----------------------------------------------------------------------------------------
