@@ -21,10 +21,10 @@ _LARGE = 0.1
 def before_fit(trainer: Trainer, datamodule: ImageDataModule) -> list[str]:
     """What is known before training: limits, and images that no epoch has room for."""
     found = _trial(trainer)
-    batches = datamodule.train_batches()
-    if trainer.overfit_batches:
-        found.append(f"overfit_batches = {trainer.overfit_batches}: a few batches were trained on, again and again")
-    elif not trainer.fast_dev_run:
+    batches, overfit = datamodule.train_batches(), _of(trainer, "overfit_batches")
+    if overfit:
+        found.append(f"overfit_batches = {overfit}: a few batches were trained on, again and again")
+    elif not found:
         found += _limited("limit_train_batches", trainer.limit_train_batches, len(batches), "an epoch was")
     if isinstance(batches, TrainBatches):
         left = batches.n - len(batches) * batches.size
@@ -39,17 +39,21 @@ def before_fit(trainer: Trainer, datamodule: ImageDataModule) -> list[str]:
 
 def measured_on(trainer: Trainer, datamodule: ImageDataModule, split: str) -> list[str]:
     """Limits of a test, or of a validation by itself."""
-    if trainer.fast_dev_run:
-        return _trial(trainer)
+    if trial := _trial(trainer):
+        return trial
     name = f"limit_{split}_batches"
     totals = [len(loader) for loader in datamodule._evaluation_loaders(split)]
     return _limited(name, getattr(trainer, name), max(totals, default=0), "each set was measured on")
 
 
 def _trial(trainer: Trainer) -> list[str]:
-    if not trainer.fast_dev_run:
-        return []
-    return [f"fast_dev_run = {trainer.fast_dev_run}: a trial of the program; its figures mean nothing"]
+    trial = _of(trainer, "fast_dev_run")
+    return [f"fast_dev_run = {trial}: a trial of the program; its figures mean nothing"] if trial else []
+
+
+def _of(trainer: Trainer, name: str) -> Any:
+    """An argument that the trainer sets on itself where no type checker sees it."""
+    return getattr(trainer, name, None)
 
 
 def _limited(name: str, limit: float | None, total: int, what: str) -> list[str]:

@@ -36,7 +36,7 @@ class AdversarialPoison(NoisePoison):
         base: The datamodule to rewrite.
         backbone: Makes the surrogate.
         epsilon: ε: the most that any pixel of any channel may change, in whole grey levels of 255.
-        poison_fraction: The share of the training set that is changed, in (0, 1].
+        poison_fraction: The share of the training set that is changed, in [0, 1].
         seed: Of the surrogate, of the order of its batches and of the draw of the images; nothing else determines them.
         surrogate_epochs: Of the surrogate's training on the clean images: SGD with momentum 0.9 and weight decay
             0.0005, the rate rising for a fifth of it and then falling to zero.

@@ -61,7 +61,7 @@ class BadNets(Rewrite):
         trigger: What is stamped.
         target_label: The class wanted; ``next`` for the all-to-all attack i → (i + 1) mod K.
         source_label: The one class attacked (one-to-one); None: all others (all-to-one).
-        poison_fraction: p in (0, 1]: round(p · |D_train|) images are drawn from the eligible ones without replacement.
+        poison_fraction: p in [0, 1]: round(p · |D_train|) images are drawn from the eligible ones without replacement.
         mode: ``add`` puts triggered copies beside the originals (the paper's), ``replace`` in their stead.
         placement: ``before`` augmentation – the trigger is cropped and flipped with the image – or ``after`` it: the
             trigger is always where it is in the test.
@@ -69,7 +69,7 @@ class BadNets(Rewrite):
         name: Appended to the measures' names (`attack_success_rate_<name>`), for two backdoors in one set.
 
     Raises:
-        InputError: If a label is not a class, source and target are the same, the fraction is outside (0, 1] or
+        InputError: If a label is not a class, source and target are the same, the fraction is outside [0, 1] or
             rounds to nothing, the trigger does not fit the images, or a sticker is to be placed after augmentation.
     """
 
@@ -137,6 +137,8 @@ class BadNets(Rewrite):
         self._poisoned = m
         self._stamped_ids = ids[changed].sort().values
         self.record(Changes("BadNets", ids[changed], train.ids[chosen], labels[chosen], wanted[chosen]))
+        if not m:
+            return train
         key = json.dumps({**self.trigger.describe(), "placement": self.placement}, sort_keys=True)
         stamp = self._stamp if self.placement == "before" else _as_it_is
         return Overlay(train, rows, labels=new_labels, ids=ids, changed=changed, rewriter=stamp, key=key)
@@ -150,7 +152,7 @@ class BadNets(Rewrite):
     def rewrite_batch(self, batch: Batch) -> Batch:
         """Stamp the poisoned samples of an augmented batch, if that is where the trigger goes."""
         batch = self.base.rewrite_batch(batch)
-        if self.placement == "before":
+        if self.placement == "before" or not len(self._stamped_ids):
             return batch
         known = self._stamped_ids = self._stamped_ids.to(batch.ids.device)
         at = torch.searchsorted(known, batch.ids).clamp_max(len(known) - 1)

@@ -150,7 +150,7 @@ class BullseyePolytope(TargetedPoisons):
         target_label: See `TargetedPoisons`.
         base_label: See `TargetedPoisons`.
         target: See `TargetedPoisons`.
-        poisons: How many; 25 are the benchmark's.
+        poisons: How many; 25 are the benchmark's, 0 a control without poison.
         epsilon: See `TargetedPoisons`; 8 is the benchmark's, the paper took 25.5.
         iterations: Steps of Adam.
         step: Its learning rate, for pixels in [0, 1].
@@ -178,9 +178,10 @@ class BullseyePolytope(TargetedPoisons):
         name: str | None = None,
     ) -> None:
         super().__init__(base, weights, target_label, base_label, target, epsilon, seed, backbone, name)
-        for field, number in (("poisons", poisons), ("iterations", iterations)):
-            if number < 1:
-                raise bad(field, number, "it must be 1 or more")
+        if poisons < 0:
+            raise bad("poisons", poisons, "it must be 1 or more, or 0 for a run without poison")
+        if iterations < 1:
+            raise bad("iterations", iterations, "it must be 1 or more")
         if not step > 0:
             raise bad("step", step, "the learning rate of the crafting must be above 0")
         self.poisons = poisons

@@ -344,7 +344,7 @@ class FeatureCollision(Rewrite):
         base_label: The class of the bases and of the poisons, which the target is to get.
         target_index: Which test image of that class is the target, from 0; None: one is drawn by `seed`. Images with an
             exact duplicate in the training set are neither counted nor used, as bases either.
-        poisons: How many, each from a base of its own.
+        poisons: How many, each from a base of its own; 0 is a control without poison.
         choose: ``random`` bases, drawn by `seed`, or the ``nearest`` ones to the target in feature space.
         beta: β, for pixels in [0, 1]; None: `default_beta`.
         iterations: The most steps of each poison.
@@ -390,8 +390,8 @@ class FeatureCollision(Rewrite):
             raise bad(
                 "base", type(base).__name__, "it holds secrets, and poisons are kept in the store; put it outside"
             )
-        if poisons < 1:
-            raise bad("poisons", poisons, "it must be 1 or more")
+        if poisons < 0:
+            raise bad("poisons", poisons, "it must be 1 or more, or 0 for a run without poison")
         if choose not in ("random", "nearest"):
             raise bad("choose", choose, "choose random or nearest (bases)")
         if beta is not None and not 0 <= beta < float("inf"):
@@ -422,6 +422,10 @@ class FeatureCollision(Rewrite):
         """The training set with the poisons added to it."""
         crafted = self._crafted = self._craft(train)
         n, m = len(train), len(crafted.rows)
+        if not m:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            self.record(Changes("FeatureCollision", nothing, nothing, nothing, nothing))
+            return train
         ids = self.fresh_ids(m)
         labels = torch.full((m,), self.base_label)
         self.record(Changes("FeatureCollision", ids, self.test_set.ids[crafted.rows], labels, labels))
@@ -482,6 +486,8 @@ class FeatureCollision(Rewrite):
             raise bad("target_index", at, f"there are {len(targets)} such test images, counted from 0")
         if self.poisons > len(bases):
             raise bad("poisons", self.poisons, f"there are {len(bases)} test images to make them from")
+        if not self.poisons:
+            return _Crafted(test.images_at(bases[:0]), bases[:0], int(targets[at]), {"epsilon_reached": 0})
         target, candidates = test.images_at(targets[at : at + 1]), test.images_at(bases)
         extractor = extractor_hash(self._extractor() if self.weights is None else self.weights)
         key = {

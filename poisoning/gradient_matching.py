@@ -281,7 +281,7 @@ class GradientMatching(TargetedPoisons):
         base_label: See `TargetedPoisons`.
         target: See `TargetedPoisons`.
         poison_fraction: The share of the training set that is poisoned, all of it from the base class; 0.01 is the
-            paper's.
+            paper's, 0 a control without poison.
         epsilon: See `TargetedPoisons`; 16 is the paper's, 8 the benchmark's.
         iterations: Steps of each restart.
         step: The rate at first, for pixels in [0, 1].

@@ -45,7 +45,7 @@ class LabelFlip(Rewrite):
 
     Args:
         base: The clean datamodule, or any other rewrite.
-        flip_fraction: The share of the training set that is relabelled, in (0, 1].
+        flip_fraction: The share of the training set that is relabelled, in [0, 1].
         kind: ``random``: any wrong class; ``pairwise``: (label + 1) mod K; ``to_class``: `target_label`, and the images
             of that class are not eligible.
         target_label: The class for ``to_class``.
@@ -90,7 +90,7 @@ class LabelFlip(Rewrite):
         new[chosen] = wrong[chosen]
         ids = train.ids[chosen]
         self.record(Changes("LabelFlip", ids, ids, labels[chosen], wrong[chosen]))
-        return Overlay(train, torch.arange(len(train)), labels=new)
+        return Overlay(train, torch.arange(len(train)), labels=new) if len(chosen) else train
 
     def facts(self) -> Facts:
         """How many labels were flipped."""

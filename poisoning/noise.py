@@ -123,7 +123,7 @@ class NoisePoison(Rewrite):
         base: The datamodule to rewrite.
         backbone: Makes the surrogate.
         epsilon: ε: the most that any pixel of any channel may change, in whole grey levels of 255.
-        poison_fraction: The share of the training set that gets its noise, in (0, 1].
+        poison_fraction: The share of the training set that gets its noise, in [0, 1]; with 0 none is crafted.
         seed: Of the surrogate, of the order of its batches and of the draw of the images.
 
     Raises:
@@ -167,10 +167,15 @@ class NoisePoison(Rewrite):
         """Craft the noise, unless the store has it."""
         super().prepare_data()
         self.base.setup("fit")
-        self._entry(self.base.train_set)
+        if self.poison_fraction > 0:
+            self._entry(self.base.train_set)
 
-    def rewrite(self, train: ImageSet) -> Overlay:
+    def rewrite(self, train: ImageSet) -> ImageSet:
         """The training set, with noise on the images drawn."""
+        if self.poison_fraction == 0:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            self.record(Changes(type(self).__name__, nothing, nothing, nothing, nothing))
+            return train
         folder = self._entry(train)
         noise = NoiseTable(**load_tensors(folder / "noise.safetensors"))
         self._crafting = json.loads((folder / "facts.json").read_text(encoding="utf-8"))

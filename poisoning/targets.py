@@ -218,10 +218,13 @@ class TargetedPoisons(Rewrite, ABC):
         """Craft the poisons, unless the store has them."""
         super().prepare_data()
         self.base.setup("fit")
-        self._crafted(self.base.train_set)
+        if len(self.bases(self.base.train_set)):
+            self._crafted(self.base.train_set)
 
     def rewrite(self, train: ImageSet) -> ImageSet:
         """The training set with the poisons in the place of their bases."""
+        if not len(self.bases(train)):
+            return self._control(train)
         rows, poisons, facts = self._crafted(train)
         change = (poisons.to(torch.int16) - train.images_at(rows).to(torch.int16)).abs()
         ids, labels = train.ids[rows], train.labels[rows]
@@ -237,6 +240,21 @@ class TargetedPoisons(Rewrite, ABC):
             **facts,
         }
         return in_place(train, rows, poisons)
+
+    def _control(self, train: ImageSet) -> ImageSet:
+        """The training set as it is: no poison is asked for, and the target is measured all the same."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self.record(Changes(type(self).__name__, nothing, nothing, nothing, nothing))
+        self._facts = {
+            "poisoned": 0,
+            "poisoned_share_of_set": 0.0,
+            "epsilon": self.epsilon,
+            "epsilon_reached": 0,
+            "poison_l2": 0.0,
+            "poison_seed": self.seed,
+            "target_id": int(self.test_set.ids[self._row()]),
+        }
+        return train
 
     def evaluations(self, split: str) -> list[Evaluation]:
         """The base's, and in the test the target."""

@@ -51,7 +51,7 @@ class Unlearnable(NoisePoison):
         backbone: Makes the surrogate that the noise is trained on.
         kind: ``sample_wise``: noise of its own for each image; ``class_wise``: one for all images of a label.
         epsilon: ε: the most that any pixel of any channel may change, in whole grey levels of 255.
-        poison_fraction: The share of the training set that is protected, in (0, 1].
+        poison_fraction: The share of the training set that is protected, in [0, 1].
         seed: Of the surrogate, of the order of its batches and of the draw of the images; nothing else determines them.
         surrogate_steps: M: training steps of the surrogate in a round.
         noise_steps: T: steps of descent on the noise of each image in a round.

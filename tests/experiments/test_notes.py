@@ -46,7 +46,7 @@ def test_what_a_run_is_not(case: str, lightning: Command) -> None:
 
 
 def test_a_whole_run_has_nothing_to_note(tmp_path: Path) -> None:
-    found = run("badnets_digits", overrides=[option for option in FIT[2:]], show=False)
+    found = run("badnets_digits", overrides=list(FIT[2:]), show=False)
     assert found.notes == ()
     assert read_json(found.directory / "metrics.json")["notes"] == []
 

@@ -422,7 +422,6 @@ def test_a_sticker_without_boxes_is_refused_before_training() -> None:
         ({"source_label": "next"}, ["source_label = 'next'"]),
         ({"source_label": 3, "target_label": 3}, ["source_label = 3", "target_label"]),
         ({"poison_fraction": -0.1}, ["poison_fraction = -0.1", "(0, 1]"]),
-        ({"poison_fraction": 0}, ["poison_fraction = 0", "(0, 1]"]),
         ({"poison_fraction": 1.01}, ["poison_fraction = 1.01", "(0, 1]"]),
         ({"poison_fraction": float("nan")}, ["poison_fraction = nan", "(0, 1]"]),
         ({"mode": "ad"}, ["mode = 'ad'", "add", "replace"]),

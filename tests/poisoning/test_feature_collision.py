@@ -543,7 +543,7 @@ def test_names_keep_two_targets_apart(weights: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("target_label", 2), ("base_label", -1), ("base_label", 0), ("poisons", 0), ("choose", "closest"),
+        ("target_label", 2), ("base_label", -1), ("base_label", 0), ("poisons", -1), ("choose", "closest"),
         ("beta", -1.0), ("beta", float("nan")), ("iterations", 0), ("tolerance", -0.1), ("opacity", 1.0),
         ("epsilon", 0), ("epsilon", 256),
     ],

@@ -375,7 +375,7 @@ def test_weights_of_other_classes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"poison_fraction": 0.0}, ["poison_fraction = 0.0"]),
+        ({"poison_fraction": -0.1}, ["poison_fraction = -0.1"]),
         ({"poison_fraction": 1.5}, ["poison_fraction = 1.5"]),
         ({"restarts": 0}, ["restarts = 0"]),
         ({"iterations": -1}, ["iterations = -1"]),

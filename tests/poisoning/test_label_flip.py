@@ -122,7 +122,7 @@ def test_unlabelled_samples_stay_unlabelled() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"flip_fraction": 0}, ["flip_fraction = 0", "(0, 1]"]),
+        ({"flip_fraction": -0.1}, ["flip_fraction = -0.1", "(0, 1]"]),
         ({"flip_fraction": 1.5}, ["flip_fraction = 1.5"]),
         ({"flip_fraction": float("nan")}, ["flip_fraction = nan"]),
         ({"kind": "any"}, ["kind = 'any'", "random, pairwise or to_class"]),

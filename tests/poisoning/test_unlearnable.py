@@ -373,7 +373,7 @@ def test_the_gate_on_a_trusted_holdout_rejects_what_was_trained_on_it() -> None:
         ({"epsilon": 0}, ["epsilon = 0", "grey levels"]),
         ({"epsilon": 8 / 255}, ["epsilon = 0.03", "whole number of grey levels"]),
         ({"epsilon": 128}, ["epsilon = 128", "127"]),
-        ({"poison_fraction": 0}, ["poison_fraction = 0"]),
+        ({"poison_fraction": -0.1}, ["poison_fraction = -0.1"]),
         ({"rounds": 0}, ["rounds = 0"]),
         ({"surrogate_steps": 0}, ["surrogate_steps = 0"]),
         ({"noise_steps": -1}, ["noise_steps = -1"]),
