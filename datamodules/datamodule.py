@@ -120,8 +120,12 @@ class ImageDataModule(LightningDataModule, ABC):
         return self.rewrite_batch(self.train_set.__getitems__(rows))
 
     def train_dataloader(self) -> Loader:
-        """Shuffled training batches."""
-        return self._loader(self.train_set, self.train_batches(*self._place()), self._batches_done)
+        """Shuffled training batches; with the trainer's `overfit_batches` the same ones in every epoch."""
+        batches = self.train_batches(*self._place())
+        batches.repeat = self._overfits()
+        loader = self._loader(self.train_set, batches, self._batches_done)
+        self._one_at_least("train", [loader])
+        return loader
 
     def train_batches(self, rank: int = 0, world_size: int = 1) -> Batches:
         """The rows of each training batch, on one of several processes."""
@@ -130,7 +134,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> list[Loader]:
         """One loader for each evaluation on the holdout."""
-        return self._evaluation_loaders("val")
+        loaders = self._evaluation_loaders("val")
+        self._one_at_least("val", loaders)
+        return loaders
 
     def test_dataloader(self) -> list[Loader]:
         """One loader for each evaluation on the test set, and on the holdout for the acceptance gate."""
@@ -145,7 +151,7 @@ class ImageDataModule(LightningDataModule, ABC):
         trainer = self.trainer
         if trainer is None or not trainer.training:
             return batch
-        return self.rewrite_batch(self.augment(batch, trainer.current_epoch))
+        return self.rewrite_batch(self.augment(batch, 0 if self._overfits() else trainer.current_epoch))
 
     def _evaluation_loaders(self, split: str) -> list[Loader]:
         rank, world = self._place()
@@ -163,6 +169,16 @@ class ImageDataModule(LightningDataModule, ABC):
         if loading.resident:
             return Loader(images.to(device), batches, done=done)
         return Loader(images, batches, loading.num_workers, done, pin_memory=device.type == "cuda")
+
+    def _overfits(self) -> bool:
+        """Whether the trainer wants the same few batches again and again."""
+        return self.trainer is not None and getattr(self.trainer, "overfit_batches") > 0  # noqa: B009 – it has no type
+
+    def _one_at_least(self, stage: str, loaders: Sequence[Loader]) -> None:
+        """A share of the batches to overfit is one batch at least, of the smallest set too."""
+        share = getattr(self.trainer, f"limit_{stage}_batches", 1)
+        if self._overfits() and isinstance(share, float) and any(int(len(each) * share) == 0 for each in loaders):
+            setattr(self.trainer, f"limit_{stage}_batches", 1)
 
     def _place(self) -> tuple[int, int]:
         """Rank and world size."""

@@ -21,6 +21,8 @@ class Batches(Sampler[Tensor], ABC):
 
     epoch = 0
     start = 0
+    repeat = False
+    """Whether every epoch is the first one: for the trainer's `overfit_batches`."""
 
     @property
     def sampler(self) -> Batches:
@@ -29,7 +31,7 @@ class Batches(Sampler[Tensor], ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
-        self.epoch = epoch
+        self.epoch = 0 if self.repeat else epoch
 
     @abstractmethod
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a config that is not there is told at on
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -136,15 +137,32 @@ def whole(given: dict[str, str], name: str) -> int | None:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run's folder.
+    """The newest checkpoint in a run's folder that training can go on from, wherever in it and whoever asked for it.
 
     Raises:
         InputError: If there is none.
     """
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    if not found:
-        raise bad("resume", str(run), "no checkpoint is in its folder checkpoints: it did not get that far; start anew")
-    return found[-1]
+    found = sorted(run.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        if not _weights_alone(path):
+            return path
+    if found:
+        remedy = f"{found[0].name} holds the weights alone; start from them: --config {run}/config.yaml --model.weights"
+        raise bad("resume", str(run), f"{remedy} {found[0]}")
+    if (run / "weights.safetensors").is_file():
+        remedy = f"it kept no checkpoint; start from its weights: --config {run}/config.yaml --model.weights {run}"
+        raise bad("resume", str(run), remedy)
+    raise bad("resume", str(run), "no checkpoint is in its folder: it did not get that far; start anew")
+
+
+def _weights_alone(path: Path) -> bool:
+    """Whether a checkpoint has no optimizer's state; of a damaged one, no: who reads it says what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (index,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+            return b"optimizer_states" not in archive.read(index)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _name(config: str) -> str | None:

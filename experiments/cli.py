@@ -17,7 +17,6 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins import CheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,11 +26,13 @@ from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
 from experiments import rundir
 from experiments.arguments import prepare
-from experiments.checkpoints import AtomicCheckpointIO, check_checkpoint
+from experiments.checkpoints import check_checkpoint
 from experiments.complaints import input_error, one_line
 from experiments.memory import keep_freed_memory
+from experiments.parts import callbacks_of, plugins_of
 from experiments.record import Record, print_table
 from experiments.registry import configs_folder, import_all, shipped
+from experiments.seeds import chosen_seed
 from experiments.wandb_logger import Wandb
 
 MODE = "omegaconf+"
@@ -145,11 +146,8 @@ class CommandLine(LightningCLI):
             check_checkpoint(str(path))
 
     def _set_seed(self) -> None:
-        seed = self._get(self.config, "seed_everything")
-        if seed is False:
-            raise bad("seed_everything", False, "give a number, or true for one by chance: a run is to be repeatable")
-        if seed is not None and not 0 <= seed < 2**32:
-            raise bad("seed_everything", seed, "give a whole number from 0 to 2³² − 1")
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        config.seed_everything = chosen_seed(config.seed_everything)  # config.yaml has the number
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
@@ -171,7 +169,7 @@ class CommandLine(LightningCLI):
             if self.keep and not getattr(rank_zero_only, "rank", 0):
                 self.folder = rundir.fresh(root, self.name)
         config.trainer.default_root_dir = str(self.folder)
-        if not self.keep:
+        if not self.keep or (config.trainer.barebones and _is_default_logger(config.trainer.logger)):
             config.trainer.logger = False
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:
@@ -200,13 +198,11 @@ class CommandLine(LightningCLI):
         assert self.folder is not None
         config = self.config_init[self.subcommand]
         self.record = Record(self.folder, self.text, int(config.seed_everything), self.started, self.show)
-        plugins = config.trainer.plugins or []
-        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-        sharded = any(word in str(config.trainer.strategy).lower() for word in ("fsdp", "deepspeed", "modelparallel"))
-        if not sharded and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
         callbacks = config.trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        checkpointing = config.trainer.enable_checkpointing is not False and not config.trainer.barebones
+        callbacks = callbacks_of(callbacks, self.folder, checkpointing)
+        plugins = plugins_of(config.trainer)
         try:
             return super().instantiate_trainer(plugins=plugins, callbacks=[*callbacks, self.record], **kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -345,6 +341,14 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
         if "Does not validate against any" in str(error):  # in a constructor, and not of our making
             raise _root_of(error) from None
         raise
+
+
+def _is_default_logger(given: Any) -> bool:
+    """Whether the loggers are those of every run, which nobody asked for."""
+    defaults = yaml.safe_load((configs_folder() / "defaults.yaml").read_text(encoding="utf-8"))["trainer"]["logger"]
+    return isinstance(given, list) and [each.get("class_path") for each in given] == [
+        each["class_path"] for each in defaults
+    ]
 
 
 def _as_text(config: str | Path | dict[str, Any]) -> str:

@@ -190,7 +190,7 @@ def _stage(name: str, part: Any, earlier: set[str]) -> Stage:
             if key not in grid:
                 raise bad(f"stages.{name}.exclude", key, f"the grid has no such key{did_you_mean(str(key), grid)}")
     seeds = part.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise bad(f"stages.{name}.seeds", seeds, "give a list of whole numbers")
     inputs = part.get("inputs") or {}
     for key, source in inputs.items():

@@ -27,6 +27,12 @@ TWO = ("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--tr
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
 
+FAST = (
+    "--config=victim_digits", "--model.backbone=classifiers.backbones.MLP", "--model.backbone.hidden=[8]",
+    "--trainer.max_epochs=2", *TWO, *QUIET,
+)  # fmt: skip
+"""Two epochs of two batches of a small network, a third of a second."""
+
 ONE_EPOCH = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", *QUIET)
 """Two batches of training, then a whole test."""
 
