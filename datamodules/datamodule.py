@@ -287,6 +287,10 @@ class Source(ImageDataModule):
             return
         splits = self.read()
         n, m = len(splits.train_labels), len(splits.test_labels)
+        for name, found, labels in (("training", len(splits.train_images), n), ("test", len(splits.test_images), m)):
+            if found != labels:
+                what = f"{found:,} {name} images and {labels:,} labels in {self.data_dir}"
+                raise InputError(f"{type(self).__name__}: {what}: a label for each image is needed; get the files anew")
         known = splits.digest
         train = ImageSet(
             splits.train_images,

@@ -26,6 +26,13 @@ def before_fit(trainer: Trainer, datamodule: ImageDataModule) -> list[str]:
         found.append(f"overfit_batches = {overfit}: a few batches were trained on, again and again")
     elif not found:
         found += _limited("limit_train_batches", trainer.limit_train_batches, len(batches), "an epoch was")
+    labels = datamodule.train_set.labels
+    if labels.ndim == 1:
+        counts = labels[labels >= 0].bincount(minlength=datamodule.num_classes).tolist()
+        without = [str(name) for name, count in zip(datamodule.class_names, counts, strict=False) if not count]
+        if without and sum(counts):
+            some = ", ".join(without[:5]) + (" …" if len(without) > 5 else "")
+            found.append(f"{len(without)} of {len(counts)} classes have no training image ({some})")
     if isinstance(batches, TrainBatches):
         left = batches.n - len(batches) * batches.size
         if left >= _LARGE * batches.n:

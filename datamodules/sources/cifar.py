@@ -76,10 +76,7 @@ class CIFAR10(Source):
         return Splits(*self._read_pickled(found, True), *self._read_pickled(found, False))
 
     def _read_npz(self, path: Path) -> Splits:
-        arrays = Arrays(path)
-        return Splits(
-            arrays.images("x_train"), arrays.labels("y_train"), arrays.images("x_test"), arrays.labels("y_test")
-        )
+        return Arrays(path).splits()
 
     def _read_binary(self, folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Records of labels (one byte each) and pixels (channel by channel, row by row)."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.errors import InputError
-from datamodules.sources.fetch import line
+from datamodules.sources.fetch import line, unseen
 from datamodules.store import ImageWriter
 
 Fit = Callable[[Image.Image, int], Image.Image]
@@ -26,6 +26,7 @@ Fit = Callable[[Image.Image, int], Image.Image]
 
 _log = logging.getLogger(__name__)
 _LONG = 2000  # files; from here on a progress bar is worth its lines
+_LISTED = 10  # files that are named where many cannot be read
 _CHUNK = 64 * 2**20  # bytes of decoded pixels in memory at once
 
 
@@ -38,12 +39,14 @@ class ImageFile:
         name: Its path below the data set's folder, with ``/``.
         size: In bytes.
         mtime: Of its last change, in nanoseconds.
+        inode: Device and number of what it is in the end, the same for every link to it.
     """
 
     path: Path
     name: str
     size: int
     mtime: int
+    inode: tuple[int, int] = (0, 0)
 
 
 def image_file(path: Path, name: str) -> ImageFile:
@@ -53,28 +56,53 @@ def image_file(path: Path, name: str) -> ImageFile:
         OSError: If it is not there.
     """
     stat = path.stat()
-    return ImageFile(path, name, stat.st_size, stat.st_mtime_ns)
+    return ImageFile(path, name, stat.st_size, stat.st_mtime_ns, (stat.st_dev, stat.st_ino))
 
 
-def image_files(folder: Path, suffixes: Sequence[str], prefix: str = "") -> Iterator[ImageFile]:
+LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
+"""Folders that archivers, file servers and other programs make beside one's own."""
+
+
+def foreign(name: str) -> bool:
+    """Whether a name is that of something that other programs leave behind."""
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+def image_files(
+    folder: Path, suffixes: Sequence[str], prefix: str = "", above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[ImageFile]:
     """The files below a folder whose names end in one of the suffixes, whatever their case; links are followed.
 
     Args:
-        folder: Where to look. Names that begin with a dot are passed over: they are what other programs leave behind.
+        folder: Where to look. What other programs leave behind is passed over, such as names that begin with a dot.
         suffixes: In lower case, with the dot.
         prefix: Of the names.
+        above: The folders that it is in, as device and number.
 
     Yields:
         Files by name, then sub-folders by name, in the order of code points.
+
+    Raises:
+        InputError: If one cannot be looked at, or a link leads back to a folder that it is in.
     """
-    with os.scandir(folder) as entries:
-        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.lower().endswith(tuple(suffixes)) and entry.is_file():
-            yield image_file(Path(entry.path), f"{prefix}{entry.name}")
-    for entry in found:
-        if entry.is_dir():
-            yield from image_files(Path(entry.path), suffixes, f"{prefix}{entry.name}/")
+    try:
+        stat = folder.stat()
+        here = (stat.st_dev, stat.st_ino)
+        if here in above:
+            raise InputError(f"{folder}: a link to a folder that it is in itself; remove the link")
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if not foreign(entry.name)), key=lambda entry: entry.name)
+        files = [
+            image_file(Path(entry.path), f"{prefix}{entry.name}")
+            for entry in found
+            if entry.name.lower().endswith(tuple(suffixes)) and entry.is_file()
+        ]
+        folders = [entry for entry in found if entry.is_dir()]
+    except OSError as error:
+        raise unseen(error) from error
+    yield from files
+    for entry in folders:
+        yield from image_files(Path(entry.path), suffixes, f"{prefix}{entry.name}/", (*above, here))
 
 
 def listing_hash(files: Sequence[ImageFile], *others: Sequence[Any]) -> str:
@@ -96,14 +124,20 @@ def decode(files: Sequence[ImageFile], size: int, fit: Fit, path: Path, tensors:
         tensors: Of N rows each; `fit` may fill them while it goes.
 
     Raises:
-        InputError: If a file cannot be decoded.
+        InputError: If files cannot be decoded: it names them all, or the first of many.
         OSError: If there is no room.
     """
     each = max(1, min(1024, _CHUNK // (3 * size * size)))
     chunk = np.empty((each, 3, size, size), np.uint8)
 
+    wrong: list[InputError] = []
+
     def one(row: int) -> None:
-        image = fit(_open(files[row].path), row)
+        try:
+            image = fit(_open(files[row].path), row)
+        except InputError as error:
+            wrong.append(error)
+            return
         chunk[row % each] = np.asarray(image).transpose(2, 0, 1)
 
     # torch counts the cores that this process may use; decoding and resizing run outside the interpreter's lock
@@ -114,6 +148,9 @@ def decode(files: Sequence[ImageFile], size: int, fit: Fit, path: Path, tensors:
             for _ in threads.map(one, range(start, stop)):  # raises what a thread raised
                 pass
             writer.write(torch.from_numpy(chunk[: stop - start]))
+        if wrong:
+            more = f" (and {len(wrong) - _LISTED:,} more)" if len(wrong) > _LISTED else ""
+            raise InputError("; ".join(sorted(map(str, wrong))[:_LISTED]) + more)
 
 
 def _open(path: Path) -> Image.Image:

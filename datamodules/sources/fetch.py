@@ -43,7 +43,9 @@ def fetch(source: Source, layout: str, find: Callable[[], object], download: Cal
         find()
     except PermissionError as error:
         raise InputError(f"{type(source).__name__}: {error.filename} may not be read by this user") from error
-    except MISSING:
+    except OSError as error:
+        if not isinstance(error, MISSING):  # such as links that go in a circle
+            raise unseen(error) from error
         where = source.data_dir.absolute()
         try:
             where.mkdir(parents=True, exist_ok=True)
@@ -94,6 +96,11 @@ def locate(source: Source, field: str, path: str) -> Path:
 def absent(source: Source, path: Path) -> InputError:
     """The error for a file that was not looked for before it was to be read."""
     return InputError(f"{type(source).__name__}: there is no {path.absolute()}: prepare_data() fetches it")
+
+
+def unseen(error: OSError) -> InputError:
+    """The error for a file or folder that cannot be looked at: links in a circle, a disk that does not answer."""
+    return InputError(f"{error.filename}: cannot be looked at ({line(error.strerror)}); mend or remove it")
 
 
 def damaged(source: Source, path: Path, what: object, remedy: str = "remove it, and it is fetched anew") -> InputError:

@@ -14,7 +14,7 @@ from datamodules.augment import Augmentation
 from datamodules.datamodule import Source, Splits
 from datamodules.errors import InputError, bad
 from datamodules.sources.decode import ImageFile, decode, image_file, listing_hash
-from datamodules.sources.fetch import absent, damaged, fetch, unpack
+from datamodules.sources.fetch import absent, damaged, fetch, line, unpack
 from datamodules.store import Store, entry_digest, load_tensors
 
 _DECODING = 1  # a change of what is done to the pixels; it has older entries of the store left alone
@@ -150,7 +150,8 @@ class GTSRB(Source):
             x1, y1, x2, y2 = box = signs[row].box
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 what = f"its box is {box}, the image has {width} by {height} pixels"
-                raise self._damaged(signs[row].file.path, what)
+                name = signs[row].file.path
+                raise InputError(f"{type(self).__name__}: {name}: {what}; mend or remove its line in the table")
             if self.crop_to_box:
                 boxes[row] = torch.tensor([0.0, 0.0, self.size, self.size])
             else:
@@ -182,15 +183,19 @@ class GTSRB(Source):
         try:
             with path.open(newline="", encoding="utf-8") as table:
                 rows = list(csv.DictReader(table, delimiter=";", skipinitialspace=True))
-            signs = []
-            for row in rows:
+        except FileNotFoundError as error:
+            raise self._damaged(path, f"{error.filename} is missing") from error
+        except (OSError, ValueError, csv.Error) as error:
+            raise self._damaged(path, error) from error
+        signs = []
+        for number, row in enumerate(rows, 2):  # the first line names the columns
+            try:
                 x1, y1, x2, y2 = (int(row[column]) for column in _COLUMNS)
                 file = image_file(folder / row["Filename"], f"{folder.name}/{row['Filename']}")
                 signs.append(_Sign(file, int(row["ClassId"]), (x1, y1, x2, y2)))
-        except FileNotFoundError as error:
-            raise self._damaged(path, f"{error.filename} is missing") from error
-        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-            raise self._damaged(path, error) from error
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                what = f"no column {error}" if isinstance(error, KeyError) else error
+                raise damaged(self, path, f"line {number}: {line(what)}", "mend or remove that line") from error
         if not signs:
             raise self._damaged(path, "no rows")
         return signs

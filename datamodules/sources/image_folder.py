@@ -16,11 +16,12 @@ from datamodules.datamodule import Source, Splits
 from datamodules.errors import InputError, bad, did_you_mean
 from datamodules.imageset import fingerprint
 from datamodules.random import generator
-from datamodules.sources.decode import ImageFile, decode, image_files, listing_hash, shorten_and_crop
-from datamodules.sources.fetch import locate
+from datamodules.sources.decode import ImageFile, decode, foreign, image_files, listing_hash, shorten_and_crop
+from datamodules.sources.fetch import locate, unseen
 from datamodules.store import Store, entry_digest, load_tensors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _FILE = "images.safetensors"
 _DECODING = 1  # a change of what is done to the pixels; it has older entries of the store left alone
 
@@ -36,7 +37,8 @@ class ImageFolder(Source):
         train: The folder of the training images; a relative path is looked for in the working directory, then in
             `data_dir`.
         test: The folder of the test images, with the same sub-folders; None: a part of the training images is used.
-        test_fraction: With no `test` folder, the share of the images that is the test set, drawn by `split_seed`.
+        test_fraction: With no `test` folder, the share of the images that is the test set, drawn by `split_seed` from
+            each class as evenly as may be; one image of each stays for training.
         size: Height and width of the images.
         mean: Of each channel, for pixels in [0, 1]; the default is ImageNet's.
         std: The standard deviation of each; the default is ImageNet's.
@@ -51,8 +53,8 @@ class ImageFolder(Source):
         seed: See `Source`.
 
     Raises:
-        InputError: If a folder is missing or has no sub-folders, the classes of `test` are not among those of `train`,
-            or a number is out of its range.
+        InputError: If a folder is missing, has less than two sub-folders, or those of splits and not of classes; `test`
+            holds training images, or classes that `train` has not; or a number is out of its range.
     """
 
     def __init__(
@@ -87,8 +89,9 @@ class ImageFolder(Source):
         self.test_folder = self._locate("test", test) if test is not None else None
         self.class_names: Sequence[str] = _folders(self.train_folder)
         self.num_classes = len(self.class_names)
-        if not self.class_names:
-            raise bad("train", train, f"{self.train_folder} has no sub-folders: one for each class is needed")
+        _check_classes(train, self.train_folder, self.class_names)
+        if self.test_folder is not None:
+            _check_apart(str(test), self.train_folder, self.test_folder)
         for name in _folders(self.test_folder) if self.test_folder else ():
             if name not in self.class_names:
                 hint = did_you_mean(name, self.class_names)
@@ -124,13 +127,18 @@ class ImageFolder(Source):
         if missing:
             raise InputError(f"{self.train_folder / self.class_names[missing[0]]}: a class without images")
         if self.test_folder is not None:
-            return train, self._listing(self.test_folder)
-        n = len(train.files)
-        order = torch.randperm(n, generator=generator(self.split_seed, "image-folder"))
-        cut = n - round(self.test_fraction * n)
-        if not 0 < cut < n:
-            raise bad("test_fraction", self.test_fraction, f"of {n} images that leaves none to train or to test on")
-        return train.select(order[:cut]), train.select(order[cut:])
+            test = self._listing(self.test_folder)
+            known = {file.inode for file in train.files}
+            both = [file for file in test.files if file.inode in known]
+            if both:
+                text = f"{len(both)} of its {len(test.files)} images are links to training images ({both[0].path})"
+                raise bad("test", str(self.test_folder), f"{text}; they test nothing: take them out of either folder")
+            return train, test
+        tested = stratified(torch.tensor(train.labels), self.test_fraction, self.split_seed)
+        if not 0 < int(tested.sum()) < len(tested):
+            text = f"of {len(tested)} images that leaves none to train or to test on"
+            raise bad("test_fraction", self.test_fraction, text)
+        return train.select((~tested).nonzero().flatten()), train.select(tested.nonzero().flatten())
 
     def _listing(self, folder: Path) -> _Listing:
         files, labels = [], []
@@ -181,6 +189,63 @@ class _Listing:
 
 
 def _folders(folder: Path) -> list[str]:
-    """The names of the sub-folders, in the order of code points; not of those that begin with a dot."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    """The names of the sub-folders, in the order of code points; not of those that other programs leave behind.
+
+    Raises:
+        InputError: If it cannot be looked at.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not foreign(entry.name) and entry.is_dir())
+    except OSError as error:
+        raise unseen(error) from error
+
+
+def _check_classes(train: str, folder: Path, names: Sequence[str]) -> None:
+    """Refuse what are no classes: none, one, or the folders of splits."""
+    if not names:
+        raise bad("train", train, f"{folder} has no sub-folders: one for each class is needed")
+    splits = {split for split, called in _SPLITS.items() for name in names if name.lower() in called}
+    if len(splits) > 1 or (splits and len(names) == 1):
+        given = ", ".join(
+            f"{split}: {Path(train) / name}"
+            for split in ("train", "test")
+            for name in names
+            if name.lower() in _SPLITS[split]
+        )
+        raise bad("train", train, f"its sub-folders are splits and not classes ({', '.join(names)}); give {given}")
+    if len(names) < 2:
+        raise bad("train", train, f"{folder} has one sub-folder, {names[0]!r}: of one class nothing can be told apart")
+
+
+def _check_apart(test: str, train_folder: Path, test_folder: Path) -> None:
+    """Refuse a test folder that is the training folder, whatever links lead there, or lies in it or round it."""
+    trained, tested = train_folder.resolve(), test_folder.resolve()
+    if trained == tested or trained in tested.parents or tested in trained.parents:
+        same = "is the folder train" if trained == tested else f"shares images with the folder train, {trained}"
+        raise bad("test", test, f"it {same}; give another folder, or leave it out: test_fraction cuts a test set off")
+
+
+def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Which rows are drawn: round(`fraction` · N) in all, of each class as near to `fraction` as whole numbers allow.
+
+    Args:
+        labels: int64 (N,).
+        fraction: In (0, 1).
+        seed: Of the draw.
+
+    Returns:
+        bool (N,). One row of each class at least is not drawn, even where that leaves fewer than asked for.
+    """
+    order = torch.randperm(len(labels), generator=generator(seed, "image-folder"))
+    counts = labels.bincount()
+    exact = fraction * counts.double()
+    drawn = torch.minimum(exact.floor().long(), (counts - 1).clamp_min(0))
+    room = (counts - 1 - drawn).clamp_min(0)
+    for label in (exact - drawn).argsort(descending=True, stable=True).tolist():  # the largest remainders get one more
+        if int(drawn.sum()) < round(fraction * len(labels)) and room[label]:
+            drawn[label] += 1
+    found = torch.zeros(len(labels), dtype=torch.bool)
+    for label, count in enumerate(drawn.tolist()):
+        found[order[labels[order] == label][:count]] = True
+    return found

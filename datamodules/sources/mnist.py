@@ -68,6 +68,10 @@ class MNIST(Source):
             (self._read(f"{part}-images-idx3-ubyte", 3), self._read(f"{part}-labels-idx1-ubyte", 1))
             for part in self.parts
         )
+        for part, (images, labels) in zip(self.parts, (train, test), strict=True):
+            if len(images) != len(labels):
+                path = self._folder / f"{part}-labels-idx1-ubyte"
+                raise damaged(self, path, f"{len(labels):,} labels for {len(images):,} images")
         return Splits(train[0].unsqueeze(1), train[1].to(torch.int64), test[0].unsqueeze(1), test[1].to(torch.int64))
 
     def _read(self, name: str, axes: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -51,6 +51,7 @@ class Arrays:
         """Images (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W) of type uint8, as uint8 (N, C, H, W), contiguous."""
         with self._open(name) as (file, size):
             n, shape, _ = self._layout(name, file, size)
+        self._check_room(name, n * prod(shape))
         images = np.empty((n, *shape), np.uint8)
         at = 0
         for part in self.parts(name):
@@ -79,30 +80,39 @@ class Arrays:
                     yield flat.reshape(m, channels, height, width)
             file.read(1)  # at the end, the checksum is compared
 
-    def labels(self, name: str) -> Tensor:
-        """Labels (N,) or (N, 1) of any integer type, as int64 (N,)."""
+    def labels(self, name: str, n: int) -> Tensor:
+        """Labels (N,) or (N, 1) of any integer type, as int64 (N,); of another number than N, none is read."""
         with self._open(name) as (file, size):
             shape, _, dtype = self._header(name, file)
             if dtype.kind not in "iu" or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
                 raise self._error(f"{name} is {dtype} {shape}: integer labels (N,) expected")
             self._check_size(name, size - file.tell(), prod(shape) * dtype.itemsize)
+            if shape[0] != n:
+                images = name.replace("y_", "x_", 1)
+                raise self._error(f"{n} images in {images}, {shape[0]} labels in {name}: as many are needed")
             labels = np.frombuffer(file.read(), dtype)
         if labels.size and int(labels.max()) > 2**31:  # also keeps unsigned 64-bit values in the range of int64
             raise self._error(f"{name} holds the label {labels.max()}")
         return torch.from_numpy(labels.astype(np.int64))
+
+    def splits(self) -> Splits:
+        """x_train, y_train, x_test and y_test, into memory."""
+        train, test = self.images("x_train"), self.images("x_test")
+        return Splits(train, self.labels("y_train", len(train)), test, self.labels("y_test", len(test)))
 
     @contextmanager
     def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 if f"{name}.npy" not in archive.namelist():
-                    held = ", ".join(sorted(Path(n).stem for n in archive.namelist())) or "nothing"
-                    raise self._error(f"there is no array {name} in it; it holds {held}")
+                    raise self._error(f"there is no array {name} in it; it holds {_held(archive.namelist())}")
                 with archive.open(f"{name}.npy") as file:
                     yield file, archive.getinfo(f"{name}.npy").file_size
         except InputError:
             raise
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy have errors of many types for a damaged file
             raise self._error(f"it is no readable .npz file ({line(error)})") from error
 
     def _header(self, name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -121,7 +131,7 @@ class Arrays:
         """N, (C, H, W), and whether the channels come last; `size` is that of header and values, in bytes."""
         shape, fortran, dtype = self._header(name, file)
         self._check_size(name, size - file.tell(), prod(shape) * dtype.itemsize)
-        if dtype == np.uint8 and not fortran and 0 not in shape:
+        if dtype == np.uint8 and not fortran and min(shape, default=0) > 0:
             if len(shape) == 3:
                 return shape[0], (1, shape[1], shape[2]), False
             if len(shape) == 4 and shape[3] in (1, 3):
@@ -132,12 +142,28 @@ class Arrays:
         wanted = "uint8 (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W)"
         raise self._error(f"{name} is {dtype} {shape}{order}: {wanted} expected, N > 0")
 
+    def _check_room(self, name: str, size: int) -> None:
+        """Refuse, before any memory is asked for, what this machine cannot hold: a short file may unpack to much."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise self._error(f"{name} unpacks to {size:,} bytes, and this machine has {memory:,} of memory")
+
     def _check_size(self, name: str, size: int, expected: int) -> None:
         if size != expected:
             raise self._error(f"{name} has {size:,} bytes instead of {expected:,}: the file is damaged")
 
     def _error(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}")
+
+
+def _held(members: Sequence[str]) -> str:
+    """What is in an archive; where it has the names of others, with those that are expected."""
+    held = sorted(name.removesuffix(".npy") for name in members)
+    ours = {"train_images": "x_train", "train_labels": "y_train", "test_images": "x_test", "test_labels": "y_test"}
+    ours |= {"X_train": "x_train", "Y_train": "y_train", "X_test": "x_test", "Y_test": "y_test"}
+    known = [name for name in held if name in ours]
+    text = ", ".join(held[:12] + ["…"] * (len(held) > 12)) or "nothing"
+    return f"{text}; rename {', '.join(f'{name} to {ours[name]}' for name in known)}" if known else text
 
 
 class Npz(Source):
@@ -191,7 +217,7 @@ class Npz(Source):
         tested = self.arrays.image_shape("x_test")
         if tested != self.image_shape:
             raise InputError(f"{path}: x_test holds images {tested}, x_train {self.image_shape}: they must be alike")
-        labels = self.arrays.labels("y_train")
+        labels = self.arrays.labels("y_train", self.arrays.count("x_train"))
         if num_classes is None:
             if not len(labels) or int(labels.min()) != 0:
                 lowest = int(labels.min()) if len(labels) else "none"
@@ -199,7 +225,7 @@ class Npz(Source):
             num_classes = int(labels.max()) + 1
         self.num_classes = num_classes
         self._check_labels("train", labels)
-        self._check_labels("test", self.arrays.labels("y_test"))
+        self._check_labels("test", self.arrays.labels("y_test", self.arrays.count("x_test")))
         self.class_names: Sequence[str] = class_names or [str(label) for label in range(num_classes)]
         if len(self.class_names) != num_classes:
             raise bad("class_names", class_names, f"there are {num_classes} classes")
@@ -215,7 +241,17 @@ class Npz(Source):
 
     @property
     def std(self) -> tuple[float, ...]:  # type: ignore[override]
-        """As given, else of the training images."""
+        """As given, else of the training images.
+
+        Raises:
+            InputError: If all of their pixels are the same in a channel: they cannot be normalised.
+        """
+        if self._std is None and min(self._statistics[1]) == 0:
+            channel = self._statistics[1].index(0)
+            raise InputError(
+                f"{self.arrays.path}: channel {channel} of x_train has one value in all pixels of all images, and "
+                "tells nothing; leave it out, or give mean and std"
+            )
         return self._std or self._statistics[1]
 
     @cached_property
@@ -223,9 +259,7 @@ class Npz(Source):
         return channel_statistics(self.arrays.parts("x_train"), self.image_shape[0])
 
     def _check_labels(self, part: str, labels: Tensor) -> None:
-        path, n = self.arrays.path, self.arrays.count(f"x_{part}")
-        if len(labels) != n:
-            raise InputError(f"{path}: {n} images in x_{part}, {len(labels)} labels in y_{part}: as many are needed")
+        path = self.arrays.path
         low, high = int(labels.min()), int(labels.max())
         if not 0 <= low <= high < self.num_classes:
             wrong = low if low < 0 else high
@@ -233,10 +267,7 @@ class Npz(Source):
 
     def read(self) -> Splits:
         """Both splits, into memory."""
-        arrays = self.arrays
-        return Splits(
-            arrays.images("x_train"), arrays.labels("y_train"), arrays.images("x_test"), arrays.labels("y_test")
-        )
+        return self.arrays.splits()
 
 
 def channel_statistics(

@@ -45,6 +45,12 @@ def test_what_a_run_is_not(case: str, lightning: Command) -> None:
     assert [note for note in found if note.startswith(words)], found
 
 
+def test_classes_that_are_in_no_training_image(lightning: Command) -> None:
+    outcome = lightning(*FIT, "--config=victim_digits", "--data.val_fraction=0.9984", "--data.batch_size=2")
+    assert outcome.code == 0, outcome
+    assert " of 10 classes have no training image (" in outcome.out
+
+
 def test_a_whole_run_has_nothing_to_note(tmp_path: Path) -> None:
     found = run("badnets_digits", overrides=list(FIT[2:]), show=False)
     assert found.notes == ()
