@@ -16,6 +16,7 @@ from datamodules.errors import InputError, bad
 from datamodules.imageset import ImageSet, Overlay
 from datamodules.measures import Evaluation
 from datamodules.random import generator
+from datamodules.resized import Resized
 from datamodules.rewrite import Rewrite
 
 
@@ -23,7 +24,7 @@ class Classes(Rewrite):
     """Some classes of a source, renumbered 0, 1, … in the order given; perhaps a fixed number of images of each.
 
     Args:
-        base: The source, or another `Classes`: attacks go round this, not inside.
+        base: The source, perhaps `Resized`, or another `Classes`: attacks go round this, not inside.
         classes: Which of its labels, two or more.
         per_class: Training images of each class, drawn by `seed` without replacement; None: all.
         seed: Of that draw.
@@ -37,7 +38,7 @@ class Classes(Rewrite):
         self, base: ImageDataModule, classes: Sequence[int], per_class: int | None = None, seed: int = 0
     ) -> None:
         super().__init__(base)
-        if not isinstance(base, Source | Classes):
+        if not isinstance(_inside(base), Source | Classes):
             raise bad("base", type(base).__name__, "Classes goes inside attacks, round a source; put it there")
         for label in classes:
             if not isinstance(label, int) or not 0 <= label < base.num_classes:
@@ -103,3 +104,10 @@ class Classes(Rewrite):
         labels = torch.where(images.labels >= 0, number[images.labels.clamp_min(0)], -1)
         rows = (labels >= 0).nonzero().squeeze(1)
         return Overlay(images, rows, labels=labels[rows])
+
+
+def _inside(data: ImageDataModule) -> ImageDataModule:
+    """What is resized, if it is; else itself."""
+    while isinstance(data, Resized):
+        data = data.base
+    return data

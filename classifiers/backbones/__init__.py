@@ -4,6 +4,7 @@ from classifiers.backbones.alexnet import AlexNetCIFAR
 from classifiers.backbones.backbone import Backbone, features_of, last_layer
 from classifiers.backbones.cnn import BadNetsCNN, SmallCNN
 from classifiers.backbones.inception import InceptionV3
+from classifiers.backbones.lite import EfficientNetLite
 from classifiers.backbones.mlp import MLP
 from classifiers.backbones.named import Timm, TorchVision
 from classifiers.backbones.resnet import PreActResNet18, ResNet9, ResNet18
@@ -16,6 +17,7 @@ __all__ = [
     "AlexNetCIFAR",
     "Backbone",
     "BadNetsCNN",
+    "EfficientNetLite",
     "InceptionV3",
     "PreActResNet18",
     "ResNet9",

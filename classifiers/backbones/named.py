@@ -196,6 +196,15 @@ def load_file(model: nn.Module, layer: nn.Linear, path: str) -> None:
     Raises:
         InputError: If there is no such file, it cannot be read as weights only, or it does not fit.
     """
+    load_state(model, layer, read_state(path), f"pretrained = {path!r}")
+
+
+def read_state(path: str) -> dict[str, Tensor]:
+    """The state_dict in a local file, without unpickling anything.
+
+    Raises:
+        InputError: If there is no such file, it cannot be read as weights only, or it holds something else.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise bad("pretrained", path, f"there is no file {file.absolute()}")
@@ -209,7 +218,7 @@ def load_file(model: nn.Module, layer: nn.Linear, path: str) -> None:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise bad("pretrained", path, "holds something else than a state_dict")
-    load_state(model, layer, state, f"pretrained = {path!r}")
+    return state
 
 
 def load_state(model: nn.Module, layer: nn.Linear, state: MutableMapping[str, Tensor], origin: str) -> None:

@@ -23,6 +23,7 @@ from datamodules.classes import Classes
 from datamodules.datamodule import ImageDataModule, Source
 from datamodules.imageset import Batch, ImageSet, fingerprint
 from datamodules.loading import GroupedBatches
+from datamodules.resized import Resized
 from datamodules.rewrite import Rewrite
 from datamodules.share import Share
 from datamodules.sources.cifar import CIFAR10, CIFAR100
@@ -102,10 +103,11 @@ SOURCES: dict[type, Callable[[str, int], ImageDataModule]] = {
     Npz: lambda folder, seed: Npz("images.npz", data_dir=folder, batch_size=16, val_fraction=0.25, split_seed=seed),
     # rewrites, but with other holdouts or tests than their bases have
     Classes: lambda folder, seed: Classes(MNIST(folder, 16, val_fraction=0.25, split_seed=seed), [7, 0, 1, 2, 3, 5]),
+    Resized: lambda folder, seed: Resized(Digits(split_seed=seed, augment=FlipCrop(1)), 12, [0.5], [0.25]),
     PoisonedHoldout: lambda folder, seed: PoisonedHoldout(LabelFlip(Digits(split_seed=seed), 0.3), 0.1, seed),
 }
 
-LIKE_SOURCES = (Classes, PoisonedHoldout)
+LIKE_SOURCES = (Classes, Resized, PoisonedHoldout)
 
 REWRITES: dict[type, Callable[[ImageDataModule, int], ImageDataModule]] = {
     # (base, seed) → the rewrite of it; it is wrapped round Digits, and round other rewrites
