@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a config that is not there is told at on
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from datamodules.errors import InputError, bad, did_you_mean
 from experiments.registry import configs_folder, find_config, shipped
+from experiments.runlock import check_free
 
 COMMANDS = ("fit", "validate", "test", "predict")
 """Those of Lightning's own command line."""
@@ -59,6 +61,8 @@ def prepare(args: list[str]) -> Arguments:
         return Arguments(prepared, name, None)
     folder = _run(resume)
     config = folder / "config.yaml"
+    if not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        check_free(folder, "resume")  # at once; it is taken when all is parsed
     prepared = [args[0], "--config", str(config), *prepared[1:], f"--ckpt_path={last_checkpoint(folder)}"]
     return Arguments(prepared, folder.resolve().parent.name, folder)
 

@@ -25,13 +25,14 @@ from datamodules.datamodule import Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
 from experiments import rundir
-from experiments.arguments import prepare
+from experiments.arguments import last_checkpoint, prepare
 from experiments.checkpoints import check_checkpoint
 from experiments.complaints import input_error, one_line
 from experiments.memory import keep_freed_memory
 from experiments.parts import callbacks_of, plugins_of
 from experiments.record import Record, print_table
 from experiments.registry import configs_folder, import_all, shipped
+from experiments.runlock import RunLock
 from experiments.seeds import chosen_seed
 from experiments.wandb_logger import Wandb
 
@@ -109,6 +110,7 @@ class CommandLine(LightningCLI):
         self.resumed = folder is not None
         self.act = act
         self.keep = keep
+        self.lock = RunLock()
         self.command = args[0] if isinstance(args, list) and args else None
         defaults = str(configs_folder() / "defaults.yaml")
         super().__init__(
@@ -142,7 +144,7 @@ class CommandLine(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Refuse a bad checkpoint before anything else; what hyper-parameters it holds change nothing."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None:
+        if path is not None and not self.resumed:  # see `_hold`
             check_checkpoint(str(path))
 
     def _set_seed(self) -> None:
@@ -181,6 +183,21 @@ class CommandLine(LightningCLI):
             config.weights_only = True
         if "verbose" in config:
             config.verbose = False  # the table at the end says it better
+        self._hold(config)
+
+    def _hold(self, config: Namespace) -> None:
+        """Lock the run's folder. Of one that is resumed only now is it certain which checkpoint is the last."""
+        assert self.folder is not None
+        if (self.keep or self.resumed) and not getattr(rank_zero_only, "rank", 0):
+            self.lock.take(self.folder, "resume" if self.resumed else "trainer.default_root_dir")
+        if not self.resumed:
+            return
+        try:
+            config.ckpt_path = str(last_checkpoint(self.folder))
+            check_checkpoint(config.ckpt_path)
+        except BaseException:
+            self.lock.release()
+            raise
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; a folder that was made for nothing goes."""
@@ -189,6 +206,7 @@ class CommandLine(LightningCLI):
             if self.subcommand == "fit" and isinstance(self.model, ImageClassifier):
                 self.model.make_optimizer()  # a value that it refuses is told before any costly work
         except BaseException:
+            self.lock.release()
             if self.folder is not None and not self.resumed:
                 rundir.remove_if_empty(self.folder)
             raise
@@ -219,9 +237,12 @@ class CommandLine(LightningCLI):
             super()._run_subcommand(str(self.subcommand))
             failed = False
         finally:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, Wandb):
-                    logger.finish(failed)
+            try:
+                for logger in self.trainer.loggers:
+                    if isinstance(logger, Wandb):
+                        logger.finish(failed)
+            finally:
+                self.lock.release()
 
     def after_fit(self) -> None:
         """Every fit ends with a test of the weights it ended with."""
