@@ -24,7 +24,7 @@ from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
-from experiments import rundir
+from experiments import environment, rundir
 from experiments.arguments import last_checkpoint, prepare
 from experiments.checkpoints import check_checkpoint
 from experiments.complaints import input_error, one_line
@@ -52,6 +52,8 @@ def _find_shipped(value: Any) -> Any:
 def _read_yaml_our_way() -> None:
     """Let a YAML in any folder name shipped parts: ``base: data/digits.yaml``."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    environment.watch()
+    environment.begin()
     first = ArgumentParser(parser_mode=MODE)
     first.add_argument("--key")
     first.parse_string("key: value")  # the mode's own loader is there after its first use
@@ -80,6 +82,18 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs |= {"exit_on_error": False, "allow_abbrev": False, "parser_mode": MODE}
         super().__init__(*args, **kwargs)
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """A configuration as text, with what it takes from the environment as it was written."""
+        text = self.resolved(*args, **kwargs)
+        content = yaml.safe_load(text)
+        kept = environment.keep(content)
+        return text if kept == content else yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+    def resolved(self, *args: Any, **kwargs: Any) -> str:
+        """A configuration as text, as it is used."""
+        text: str = super().dump(*args, **kwargs)
+        return text
 
 
 class CommandLine(LightningCLI):
@@ -113,6 +127,7 @@ class CommandLine(LightningCLI):
         self.lock = RunLock()
         self.command = args[0] if isinstance(args, list) and args else None
         defaults = str(configs_folder() / "defaults.yaml")
+        environment.begin()
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -162,9 +177,10 @@ class CommandLine(LightningCLI):
             if value is not None and not value >= least:
                 raise bad(f"trainer.{key}", value, f"it must be {least} or more")
         check_classes(config, ())
-        dump = self.parser_of(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True)
+        dump = self.parser_of(self.subcommand).resolved(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
-        self.text = yaml.safe_dump({key: content[key] for key in KEPT}, sort_keys=False, allow_unicode=True)
+        self.resolved = {key: content[key] for key in KEPT}
+        self.text = yaml.safe_dump(environment.keep(self.resolved), sort_keys=False, allow_unicode=True)
         root = config.trainer.default_root_dir or "runs"
         if self.folder is None:
             self.folder = Path(root) / self.name
@@ -259,9 +275,11 @@ class CommandLine(LightningCLI):
         """Show what was measured."""
         self.after_test()
 
-    def parser_of(self, command: str | None) -> LightningArgumentParser:
+    def parser_of(self, command: str | None) -> Parser:
         """The parser of one command."""
-        return self._parser(command)
+        parser = self._parser(command)
+        assert isinstance(parser, Parser)
+        return parser
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 
 from datamodules.errors import InputError
 from experiments.arguments import COMMANDS, prepare
+from experiments.environment import redact
 
 ACTIONS = {
     "accept": "experiments.accept:accept",
@@ -45,7 +46,7 @@ def _execute(args: list[str]) -> int:
             prepare(args)  # a config or a run that is not there is told before the heavy imports
         return _action(command)(args)
     except InputError as error:
-        print(f"lightning {command}: {error}", file=sys.stderr)
+        print(redact(f"lightning {command}: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -62,6 +62,9 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:  # noqa: PLR091
         return f"{keys}: nothing is given; name a config, such as --config badnets_digits (see lightning list)"
     if found := re.search(r"argument (\S+): expected one argument", text):
         return f"{found[1]}: a value is missing"
+    if found := re.search(r"Environment variable '([^']*)' not found", text):
+        where = str(getattr(error, "full_key", "")).partition(".")[2] or "config"
+        return f"{where}: ${{oc.env:{found[1]}}}: there is no such variable in the environment; set it"
     if found := re.search(r"Interpolation key '[^']*' not found \(resolved to '\w+\.([^']*)'\)", text):
         where = str(getattr(error, "full_key", "")).partition(".")[2] or "config"
         return f"{where}: there is no ${{{found[1]}}}; name a key of the configuration, from the top"

@@ -12,6 +12,7 @@ from typing import Any
 
 from datamodules.errors import InputError
 from datamodules.files import write_atomically
+from experiments.environment import redact
 
 TOKEN = "{run}"
 """What stands for the run's folder in the trainer's part of a config."""
@@ -61,7 +62,7 @@ def fill(value: Any, folder: Path) -> Any:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write readable, standard JSON: what is not a number is null."""
-    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(redact(plain(content)), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pkgutil import resolve_name
@@ -50,7 +51,7 @@ def resolve(configs: tuple[str, ...], options: tuple[str, ...]) -> Resolved:
     Raises:
         InputError: If a key or a type is wrong, in one line.
     """
-    parsed = yaml.safe_load(_parsed(configs, options).text)
+    parsed = deepcopy(_parsed(configs, options).resolved)
     parsed["trainer"] = {key: value for key, value in parsed["trainer"].items() if key not in UNIMPORTANT}
     versions = {path: int(getattr(resolve_name(path), "version", 1)) for path in _class_paths(parsed)}
     data, absent = _data(json.dumps(_source(parsed["data"])))
