@@ -30,7 +30,7 @@ from classifiers.weights import Architecture, load_weights, save_weights
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch, labelled
-from datamodules.measures import Evaluation, Hits, Interval, Range, answered, wilson
+from datamodules.measures import TEST_IMAGES, Evaluation, Hits, Interval, Range, answered, wilson
 from datamodules.random import derive
 
 BackboneFactory = Callable[[tuple[int, int, int], int], Backbone] | Callable[[tuple[int, int, int], int], nn.Module]
@@ -411,7 +411,7 @@ class ImageClassifier(LightningModule):
         found: dict[str, Interval] = {}
         for evaluation, metrics in self._stages[stage]:
             for measure, metric in zip(evaluation.measures, metrics, strict=True):
-                found[measure.name] = _interval(metric, len(evaluation.images))
+                found[measure.name] = _interval(metric, len(evaluation.images), measure.unit)
         for name, metric in self.extra_metrics(stage).items():
             found[name] = _interval(metric, 0)
         for name, interval in found.items():
@@ -589,8 +589,9 @@ def _describe(
     )
 
 
-def _interval(metric: Metric, n: int) -> Interval:
+def _interval(metric: Metric, n: int, unit: str = TEST_IMAGES) -> Interval:
     value = metric.compute()
     if isinstance(metric, Hits):
-        return wilson(*value.tolist())
-    return Interval(float(value), n, float("nan"), float("nan"))
+        hits, cases = value.tolist()
+        return wilson(hits, cases, unit=unit)
+    return Interval(float(value), n, float("nan"), float("nan"), unit)

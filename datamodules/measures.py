@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,31 +17,79 @@ from torchmetrics import Metric
 from datamodules.errors import InputError
 from datamodules.imageset import PADDING, Batch, ImageSet
 
+TEST_IMAGES = "test images"
+"""What an interval's cases are unless it says otherwise."""
+
+SAME = (TEST_IMAGES, "candidates")
+"""Cases that are the same whatever the seed: those of several runs cannot be counted together."""
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval; `n` is the number of cases (or of runs) behind it."""
+    """A value with its 95 % interval.
+
+    Attributes:
+        value: The share, or the mean.
+        n: Cases (or runs) behind it.
+        low: The interval's lower end.
+        high: Its upper end.
+        unit: What the cases are; those that are not in `SAME`, such as targets, are drawn anew by each seed.
+    """
 
     value: float
     n: int
     low: float
     high: float
+    unit: str = TEST_IMAGES
 
 
-def wilson(hits: int, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson(hits: float, n: float, z: float = 1.959963984540054, unit: str = TEST_IMAGES) -> Interval:
     """The share `hits` / `n` with Wilson's score interval (1927): it stays inside [0, 1] and is not empty at 0 or 1.
+
+    The cases are taken to be independent; for those that share a victim or a target there is `clustered`.
 
     Args:
         hits: Successes, 0 ≤ hits ≤ n.
         n: Cases. With none, value and bounds are NaN.
         z: The normal quantile; the default is the one for 95 %.
+        unit: What the cases are.
     """
     if n == 0:
-        return Interval(math.nan, 0, math.nan, math.nan)
+        return Interval(math.nan, 0, math.nan, math.nan, unit)
     p = hits / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+    return Interval(p, round(n), min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), unit)
+
+
+def clustered(hits: Sequence[float], cases: Sequence[float], unit: str = TEST_IMAGES) -> Interval:
+    """A share of cases that are alike within clusters: targets of one victim, poisons of one target.
+
+    Wilson's interval with as many cases as they are worth: their number divided by the design effect – how much more
+    clusters differ than independent cases would, at least 1 – and Student's quantile for the number of clusters (Korn
+    and Graubard 1998). Where all or none hit, nothing tells how alike the cases of a cluster are, and each cluster
+    counts as one case. One cluster alone of several cases says nothing of others: its interval is [0, 1]. Where each
+    cluster has one case this is `wilson`.
+
+    Args:
+        hits: Of each cluster.
+        cases: Of each cluster; one without cases is left out.
+        unit: What the cases are.
+    """
+    pairs = [(hit, case) for hit, case in zip(hits, cases, strict=True) if case]
+    found, n, clusters = math.fsum(h for h, _ in pairs), math.fsum(c for _, c in pairs), len(pairs)
+    if n == clusters:  # or none at all
+        return wilson(found, n, unit=unit)
+    p = found / n
+    if clusters == 1:
+        return Interval(p, round(n), 0.0, 1.0, unit)
+    if not 0 < p < 1:
+        return replace(wilson(p * clusters, clusters, unit=unit), n=round(n))
+    from scipy.stats import t
+
+    apart = clusters / (clusters - 1) * math.fsum((h - p * c) ** 2 for h, c in pairs)
+    worth = n / max(1.0, apart / (n * p * (1 - p)))
+    return replace(wilson(p * worth, worth, float(t.ppf(0.975, clusters - 1)), unit), value=p, n=round(n))
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
@@ -144,11 +192,13 @@ class Measure:
         target: int64 (N,): the label that counts as a hit on each row, `UNLABELLED` to leave the row out; or float32
             (N, K) for a metric that compares scores.
         metric: Makes the torchmetric; it is updated with (logits, target). None: the share of hits.
+        unit: What the rows are, see `Interval`.
     """
 
     name: str
     target: Tensor
     metric: Callable[[], Metric] | None = None
+    unit: str = TEST_IMAGES
 
     def make(self) -> Metric:
         """A fresh metric object."""

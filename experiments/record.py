@@ -308,7 +308,7 @@ class Record(Callback):
             self.folder / "metrics.json",
             {
                 "measures": {
-                    name: {"value": each.value, "n": each.n, "low": each.low, "high": each.high}
+                    name: {"value": each.value, "n": each.n, "low": each.low, "high": each.high, "unit": each.unit}
                     for name, each in self.measures.items()
                 },
                 "notes": self.notes,

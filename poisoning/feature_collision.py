@@ -451,8 +451,8 @@ class FeatureCollision(Rewrite):
             return found
         images = self.test_set.select(torch.tensor([self._crafted.target]))
         wanted = torch.tensor([self.base_label])
-        success = Measure("target_success" + self.suffix, wanted)
-        confidence = Measure("target_confidence" + self.suffix, wanted, Confidence)
+        success = Measure("target_success" + self.suffix, wanted, unit="targets")
+        confidence = Measure("target_confidence" + self.suffix, wanted, Confidence, "targets")
         return [*found, Evaluation("target" + self.suffix, images, (success, confidence))]
 
     def facts(self) -> Facts:

@@ -262,8 +262,8 @@ class TargetedPoisons(Rewrite, ABC):
         if split != "test":
             return found
         images, wanted = self.test_set.select(torch.tensor([self._row()])), torch.tensor([self.base_label])
-        success = Measure("target_success" + self.suffix, wanted)
-        confidence = Measure("target_confidence" + self.suffix, wanted, Confidence)
+        success = Measure("target_success" + self.suffix, wanted, unit="targets")
+        confidence = Measure("target_confidence" + self.suffix, wanted, Confidence, "targets")
         return [*found, Evaluation("target" + self.suffix, images, (success, confidence))]
 
     def facts(self) -> Facts:

@@ -101,7 +101,7 @@ class TriggerSet(Rewrite):
     def evaluations(self, split: str) -> list[Evaluation]:
         """The base's, and the triggers."""
         triggers = self._known()
-        measure = Measure(f"trigger_accuracy{self.suffix}", triggers.labels)
+        measure = Measure(f"trigger_accuracy{self.suffix}", triggers.labels, unit="triggers")
         return [*self.base.evaluations(split), Evaluation(f"trigger{self.suffix}", triggers, (measure,))]
 
     def facts(self) -> Facts:

@@ -47,5 +47,5 @@ class Watermarked(ImageClassifier):
             found = self.measured[name]
             chance = log2(tail(round(found.value * found.n), found.n, self.num_classes))
             called = "log2_p" + name.removeprefix("trigger_accuracy")
-            self.measured[called] = Interval(chance, found.n, math.nan, math.nan)
+            self.measured[called] = Interval(chance, found.n, math.nan, math.nan, found.unit)
             self.log(f"{stage}/{called}", chance, rank_zero_only=True)

@@ -7,10 +7,8 @@ github.com/aks2203/poisoning-benchmark): targets and base classes at random, bas
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,17 @@ from datamodules.classes import Classes
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import bad
 from datamodules.imageset import ImageSet
-from datamodules.measures import wilson
 from datamodules.random import derive, generator
 from datamodules.rewrite import Rewrite
+from datamodules.store import Store, load_tensors, save_tensors
 from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit as _fit
+from experiments.bulk.fitting import options_of
 from experiments.bulk.fitting import start_config as _start
+from experiments.bulk.outcomes import Outcome, Trials, outcome, report
 from experiments.pictures import source_of
+from experiments.registry import find_config
+from experiments.studies.resolve import resolve
 from poisoning.bullseye_polytope import centre
 from poisoning.extractor import features_in_parts, load_extractor
 from poisoning.feature_collision import collide
@@ -43,21 +45,6 @@ ATTACKS = ("none", "feature_collision", "bullseye_polytope", "gradient_matching"
 
 
 # --- who is attacked -------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Trials:
-    """T targets and their bases.
-
-    Attributes:
-        targets: int64 (T,): rows of the test set.
-        wanted: int64 (T,): the label that each is to get, which is not its own.
-        bases: int64 (T, P): rows of the training set, of that label.
-    """
-
-    targets: Tensor
-    wanted: Tensor
-    bases: Tensor
-
-
 def draw_trials(
     train_labels: Tensor,
     test_labels: Tensor,
@@ -221,7 +208,8 @@ def transfer(
         options: Attack → its own: iterations, step, restarts, ….
 
     Returns:
-        One row.
+        One row, see `outcomes.report`; each target has a victim of its own, and they all have the extractor, the clean
+        images and the seed in common: intervals are of targets, for these.
 
     Raises:
         InputError: If a value is out of its range, or weights or classes do not fit.
@@ -251,6 +239,7 @@ def transfer(
         options,
     )
     crafted = time.perf_counter()
+    twin = scores(train_last_layers(known, train.labels, *nothing, len(classes), **recipe, seed=seed), seen)[0]
     rows: list[Outcome] = []
     for number in range(trials):
         keep = torch.ones(len(train), dtype=torch.bool)
@@ -264,10 +253,9 @@ def transfer(
             **recipe,
             seed=seed,
         )
-        answers = scores(layer, seen)[0].softmax(1)
-        rows.append(_outcome(answers[drawn.targets[number]], answers.argmax(1), test, drawn, number))
+        rows.append(outcome(number, scores(layer, seen)[0].softmax(1), twin, test, drawn, number))
     finished = time.perf_counter()
-    return _report(folder, attack, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))
+    return [report(folder, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))]
 
 
 # --- from scratch ----------------------------------------------------------------------------------------------------
@@ -316,11 +304,11 @@ def from_scratch(
         epsilon: In grey levels.
         trials: Targets.
         targets_per_victim: 1 as published; with more, a victim is trained on the poisons of so many targets at once, to
-            have more trials in the same time.
+            have more trials in the same time: they are not independent, and it sees so many times the poisons.
         options: Attack → its own: iterations, step, restarts, ….
 
     Returns:
-        One row.
+        One row, see `outcomes.report`. All have the attacker's network in common.
 
     Raises:
         InputError: If a value is out of its range, or weights or configs do not fit.
@@ -344,56 +332,37 @@ def from_scratch(
     rows: list[Outcome] = []
     for first in range(0, trials, targets_per_victim):
         group = slice(first, min(trials, first + targets_per_victim))
-        line = _start(configs, overrides, derive(seed, "victim", first) % 2**31)
-        victim = _fit(line, Poisoned(data, drawn.bases[group].flatten(), made[group].flatten(0, 1)))
-        answers = torch.cat([_probabilities(victim, test, part) for part in torch.arange(len(test)).split(512)])
-        found = answers.argmax(1)
-        rows += [
-            _outcome(answers[drawn.targets[number]], found, test, drawn, number)
-            for number in range(group.start, group.stop)
-        ]
+        own = derive(seed, "victim", first) % 2**31
+        answers = before = _clean_answers(configs, overrides, own, data)
+        poisoned = Poisoned(data, drawn.bases[group].flatten(), made[group].flatten(0, 1))
+        if not torch.equal(train.images_at(poisoned.rows), poisoned.images):
+            answers = _probabilities(_fit(_start(configs, overrides, own), poisoned), test)
+        rows += [outcome(first, answers, before, test, drawn, number) for number in range(group.start, group.stop)]
     finished = time.perf_counter()
-    return _report(folder, attack, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))
+    return [report(folder, train, test, drawn, made, left, rows, (crafted - began, finished - crafted))]
+
+
+def _clean_answers(
+    configs: Sequence[str], overrides: Mapping[str, Any] | None, seed: int, data: ImageDataModule
+) -> Tensor:
+    """What a victim without poisons says of all test images; from the store, for all attacks have the same victims."""
+    resolved = resolve(tuple(find_config(config) for config in configs), tuple(options_of(overrides, seed)))
+    key = {"kind": "clean victim", "config": resolved.text, "data": resolved.data, "versions": dict(resolved.versions)}
+
+    def make(folder: Path) -> None:
+        victim = _fit(_start(configs, overrides, seed), data)
+        save_tensors(folder / "answers.safetensors", {"answers": _probabilities(victim, data.test_set)})
+
+    return load_tensors(Store().build("victims", key, make) / "answers.safetensors")["answers"]
 
 
 @torch.no_grad()
-def _probabilities(model: ImageClassifier, test: ImageSet, rows: Tensor) -> Tensor:
-    answers: Tensor = model(test.images_at(rows).to(model.device)).softmax(1).cpu()
-    return answers
+def _probabilities(model: ImageClassifier, test: ImageSet) -> Tensor:
+    parts = torch.arange(len(test)).split(512)
+    return torch.cat([model(test.images_at(part).to(model.device)).softmax(1).cpu() for part in parts])
 
 
-# --- what becomes of them --------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one target.
-
-    Attributes:
-        success: It got the class of its bases.
-        right: It got its own.
-        confidence: The probability of the class of its bases.
-        hits: Other test images that got their own class.
-        cases: Of these.
-    """
-
-    success: bool
-    right: bool
-    confidence: float
-    hits: int
-    cases: int
-
-
-def _outcome(target: Tensor, found: Tensor, test: ImageSet, drawn: Trials, number: int) -> Outcome:
-    row, wanted = int(drawn.targets[number]), int(drawn.wanted[number])
-    right = found.cpu() == test.labels
-    return Outcome(
-        success=int(target.argmax()) == wanted,
-        right=bool(right[row]),
-        confidence=float(target[wanted]),
-        hits=int(right.sum()) - int(right[row]),
-        cases=len(right) - 1,
-    )
-
-
+# --- what they share ------------------------------------------------------------------------------------------------
 def _craft(
     attack: str,
     extractor: ImageClassifier,
@@ -422,52 +391,6 @@ def _craft(
         (options or {}).get(attack, {}),
     )
     return made.cpu(), left.cpu()
-
-
-def _report(
-    folder: Path,
-    attack: str,
-    train: ImageSet,
-    test: ImageSet,
-    drawn: Trials,
-    made: Tensor,
-    left: Tensor,
-    outcomes: Sequence[Outcome],
-    seconds: tuple[float, float],
-) -> list[dict[str, Any]]:
-    """Write ``trials.csv``, and sum up."""
-    bases = train.images_at(drawn.bases.flatten()).view_as(made)
-    change = (made.to(torch.int16) - bases).abs()
-    largest = change.flatten(1).amax(1).tolist()
-    with (folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["target_id", "target_label", "base_label", "success", "right", "confidence", "accuracy", "epsilon_reached",
-             "objective_left"]
-        )  # fmt: skip
-        for number, each in enumerate(outcomes):
-            row = int(drawn.targets[number])
-            writer.writerow(
-                [int(test.ids[row]), int(test.labels[row]), int(drawn.wanted[number]), int(each.success),
-                 int(each.right), f"{each.confidence:.6g}", f"{each.hits / each.cases:.6g}", largest[number],
-                 f"{float(left[number]):.6g}"]
-            )  # fmt: skip
-    count = len(outcomes)
-    confidence = torch.tensor([each.confidence for each in outcomes])
-    summary = {
-        "target_success": asdict(wilson(sum(each.success for each in outcomes), count)),
-        "target_right": asdict(wilson(sum(each.right for each in outcomes), count)),
-        "confidence_median": float(confidence.median()),
-        "confidence_mean": float(confidence.mean()),
-        "clean_accuracy": sum(each.hits for each in outcomes) / sum(each.cases for each in outcomes),
-        "poisons": made.shape[1],
-        "poisoned_share": made.shape[1] / len(train),
-        "epsilon_reached": int(change.max()),
-        "objective_left": float(left.mean()),
-        "crafting_seconds": round(seconds[0], 1),
-        "training_seconds": round(seconds[1], 1),
-    }
-    return [summary]
 
 
 def _check_attack(attack: str) -> None:

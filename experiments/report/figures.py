@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any, NamedTuple
 
-from experiments.report.plots import Line, Plot, belongs, published_x
+from experiments.report.plots import Line, Plot, belongs, published_x, units
 from experiments.report.results import Summary, spoken
 
 COLOURS = {
@@ -148,7 +148,7 @@ def _figure(height: float) -> Any:
 def _lines(plot: Plot) -> Any:
     labels = [_wrapped(_legend_label(plot, line), 52) for line in plot.lines]
     labels += [_wrapped(f"published: {each.label}", 52) for each in plot.spec.published]
-    title = _wrapped(f"{plot.how()}; n: test images", 66)
+    title = _wrapped(f"{plot.how()}; n: {units(plot.summaries)}", 66)
     figure = _figure(3.1 + 0.17 * sum(text.count("\n") + 1 for text in (*labels, title)))
     axis = figure.subplots()
     places = _places(plot)

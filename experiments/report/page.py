@@ -227,7 +227,7 @@ def _figure(plot: Plot, svg: str | None) -> Html:
 def _remarks(plot: Plot) -> list[str]:
     """What has to be known to read a figure."""
     share = plot.share
-    words = [plot.how(), plot.images()]
+    words = [plot.how(), plot.shared, plot.images()]
     if plot.averaged:
         words.append(f"averaged over {', '.join(heading(key, plot.spec.labels) for key in plot.averaged)} too")
     widest = max((s.high - s.low for s in plot.summaries if s.interval), default=None)
@@ -244,7 +244,7 @@ def _numbers(plot: Plot) -> Html:
     """What a figure shows, as a table: a block for each line, and for what was published."""
     runs = any(summary.runs != summary.seeds for summary in plot.summaries)
     unit = " (%)" if plot.share else ""
-    names = [plot.x_label, f"value{unit}", f"95 % interval{unit}", "test images", "seeds", *(["runs"] if runs else [])]
+    names = [plot.x_label, f"value{unit}", f"95 % interval{unit}", "n", "seeds", *(["runs"] if runs else [])]
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
     blocks = []
     for line in plot.lines:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from datamodules.errors import bad
 from experiments.report.results import (
+    TEST_IMAGES,
     Results,
     Row,
     Summary,
@@ -22,7 +23,7 @@ from experiments.report.results import (
     spoken,
     summarise,
 )
-from experiments.report.spec import FigureSpec, PublishedPoints, Quantity, StudySpec
+from experiments.report.spec import FigureSpec, PublishedPoints, Quantity, StudySpec, TableSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Line:
 
     @property
     def cases(self) -> tuple[int, int] | None:
-        """Least and most test images of a point."""
+        """Least and most cases of a point."""
         return _widest(list(self.points.values()))
 
 
@@ -59,6 +60,7 @@ class Plot:
         failed: Cells among those asked for that failed.
         missing: Cells that have not run.
         averaged: Columns of the grid over which the mean is taken as well.
+        shared: What all seeds have in common, in words.
     """
 
     spec: FigureSpec
@@ -68,6 +70,7 @@ class Plot:
     missing: int
     averaged: tuple[str, ...]
     x_share: bool = False
+    shared: str = ""
 
     @property
     def xs(self) -> list[str]:
@@ -119,15 +122,18 @@ class Plot:
         return how(self.summaries)
 
     def images(self) -> str:
-        """How many test images are behind a run."""
-        found = {heading(of.text, self.spec.labels): _widest([s for line in self.lines if line.of == of
-                 for s in line.points.values()]) for of in self.spec.y}  # fmt: skip
-        known = {name: spoken(cases) for name, cases in found.items() if cases is not None}
-        if not known:
-            return ""
-        if len(set(known.values())) == 1:
-            return f"n = {next(iter(known.values()))} test images a run"
-        return "n = " + ", ".join(f"{n} ({name})" for name, n in known.items()) + " test images a run"
+        """How many cases are behind a run, and what they are."""
+        known: dict[str, dict[str, str]] = {}
+        for of in self.spec.y:
+            some = [summary for line in self.lines if line.of == of for summary in line.points.values()]
+            if (cases := _widest(some)) is not None:
+                known.setdefault(units(some), {})[heading(of.text, self.spec.labels)] = spoken(cases)
+        parts = []
+        for unit, counts in known.items():
+            alike = len(set(counts.values())) == 1 and len(known) == 1
+            named = [n if alike else f"{n} ({name})" for name, n in counts.items()]
+            parts.append(f"{', '.join(dict.fromkeys(named))} {unit} a run")
+        return f"n = {'; '.join(parts)}" if parts else ""
 
     def left_out(self) -> str:
         """Which of the cells asked for have no result."""
@@ -176,6 +182,7 @@ def plot(spec: FigureSpec, study: StudySpec, results: Results) -> Plot:
         missing=cells(rows, "missing"),
         averaged=tuple(averaged_over(groups, [key for key in results.grid(study, *spec.stages) if key not in columns])),
         x_share=spec.kind == "points" and results.is_share(Quantity(spec.x)),
+        shared=shared(spec, study, [summary for line in lines for summary in line.points.values()]),
     )
 
 
@@ -197,18 +204,34 @@ def cells(rows: Sequence[Row], status: str) -> int:
 
 def how(summaries: Sequence[Summary]) -> str:
     """What some values and their intervals are, in one line."""
-    over_seeds = sorted({s.seeds for s in summaries if s.interval == "t" and s.over == "seeds"})
-    over_runs = sorted({s.runs for s in summaries if s.interval == "t" and s.over == "runs"})
+    several = [s for s in summaries if s.interval and s.runs > 1]
+    over_seeds = sorted({s.seeds for s in several if s.over == "seeds"})
+    over_runs = sorted({s.runs for s in several if s.over == "runs"})
     parts = []
     for counts, noun in ((over_seeds, "seed"), (over_runs, "run")):
         if counts:
             many = counted(counts[0], noun) if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,} {noun}s"
-            parts.append(f"mean and Student's t 95 % interval over {many}")
-    if any(s.interval == "wilson" for s in summaries):
+            parts.append(f"mean and Student's t 95 % interval over {many}{' of one seed' if noun == 'run' else ''}")
+    if any(s.interval == "wilson" for s in several):
+        parts.append("not ± but in brackets: Wilson's for the n of the cases, where it is wider")
+    if any(s.interval == "wilson" and s.runs == 1 for s in summaries):
         parts.append("one run with Wilson's 95 % interval" if not parts else "Wilson's where there is one run")
     if any(not s.interval and s.runs for s in summaries):
         parts.append("single runs without interval" if not parts else "none where there is one run without counts")
     return "; ".join(parts)
+
+
+def units(summaries: Sequence[Summary]) -> str:
+    """What the cases of some values are."""
+    return ", ".join(dict.fromkeys(s.unit for s in summaries if s.cases is not None)) or TEST_IMAGES
+
+
+def shared(spec: FigureSpec | TableSpec, study: StudySpec, summaries: Sequence[Summary]) -> str:
+    """Which stages all seeds share: how these differ from seed to seed is in no interval over seeds."""
+    names = dict.fromkeys(name for stage in spec.stages for name in study.shared.get(stage, ()))
+    if not names or not any(s.seeds > 1 for s in summaries):
+        return ""
+    return f"all seeds have the same {', '.join(names).replace('_', ' ')}, which no interval here covers"
 
 
 def left_out(failed: int, missing: int) -> str:

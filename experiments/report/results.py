@@ -7,15 +7,21 @@ import io
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import InputError, did_you_mean
 from experiments.report.spec import FigureSpec, Quantity, StudySpec, TableSpec, quantity
 
+if TYPE_CHECKING:  # it brings torch, which a report needs for its intervals alone
+    from datamodules.measures import Interval
+
 Row = Mapping[str, str]
+
+TEST_IMAGES = "test images"
+"""What a measure's cases are where its row does not say."""
 
 HASHES = ("config_hash", "data_hash", "poison_hash", "weights_hash", "code_hash")
 FIXED = (
@@ -48,9 +54,11 @@ class Summary:
         high: The same.
         runs: Rows behind it.
         seeds: Different seeds among them.
-        cases: Least and most test images of a row; None if that is not known.
-        interval: ``t``: Student's over `over`; ``wilson``: of the one run; empty: none.
+        cases: Least and most cases of a row; None if that is not known.
+        interval: ``t``: Student's over `over`; ``wilson``: of the one run, or of the cases of several where that is
+            wider; empty: none.
         over: ``seeds``, or ``runs`` where all have the same seed.
+        unit: What the cases are.
     """
 
     value: float
@@ -61,6 +69,7 @@ class Summary:
     cases: tuple[int, int] | None
     interval: str
     over: str = "seeds"
+    unit: str = TEST_IMAGES
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Results:
     @cached_property
     def parts(self) -> frozenset[str]:
         """The columns that go with a measure."""
-        return frozenset(f"{name}.{part}" for name in self.measures for part in ("low", "high", "n"))
+        return frozenset(f"{name}.{part}" for name in self.measures for part in ("low", "high", "n", "unit"))
 
     def grid(self, study: StudySpec, *stages: str) -> tuple[str, ...]:
         """The columns in which the cells of some stages were made to differ, apart from the seed."""
@@ -209,7 +218,9 @@ def summarise(rows: Iterable[Row], of: Quantity, share: bool) -> Summary:
     """The mean of some rows with its 95 % interval.
 
     Several seeds: Student's t over the seeds; rows that share a seed are averaged first, for they are not independent.
-    One seed and several rows: t over the rows. One row: the interval of that run, Wilson's, if it is a share.
+    One seed and several cells: t over the cells; rows of one cell share its models, and have no interval. One row: the
+    interval of that run, Wilson's, if it is a share. Seeds that happen to agree are no certainty: where the interval of
+    a share's cases is wider than Student's, it is that one.
 
     Args:
         rows: Those that are not finished are left out.
@@ -227,6 +238,7 @@ def summarise(rows: Iterable[Row], of: Quantity, share: bool) -> Summary:
             used.append(row)
     cases = [int(n) for row in used if (n := number(row.get(f"{of.column}.n", ""))) is not None]
     counted = (min(cases), max(cases)) if cases else None
+    unit = next((row[f"{of.column}.unit"] for row in used if row.get(f"{of.column}.unit")), TEST_IMAGES)
     if len(used) == 1:
         row = used[0]
         low, high = (number(row.get(f"{of.column}.{part}", "")) for part in ("low", "high"))
@@ -234,13 +246,38 @@ def summarise(rows: Iterable[Row], of: Quantity, share: bool) -> Summary:
             low, high = (None if high is None else 1 - high), (None if low is None else 1 - low)
         value = next(iter(by_seed.values()))[0]
         known = share and low is not None and high is not None
-        return Summary(value, _or_nan(low), _or_nan(high), 1, 1, counted, "wilson" if known else "")
-    values = [math.fsum(each) / len(each) for each in by_seed.values()]
-    over = "seeds"
-    if len(values) == 1:
-        values, over = next(iter(by_seed.values())), "runs"
-    found = over_seeds(values)
-    return Summary(found.value, found.low, found.high, len(used), len(by_seed), counted, "t" if used else "", over)
+        return Summary(value, _or_nan(low), _or_nan(high), 1, 1, counted, "wilson" if known else "", unit=unit)
+    groups, over = list(grouped(used, ["seed"]).values()), "seeds"
+    if len(groups) == 1:
+        groups, over = list(grouped(used, ["cell"]).values()), "runs"
+    values = [_mean(group, of) for group in groups]
+    found, kind = over_seeds(values), "t"
+    if len(values) < 2:
+        found, kind = replace(found, low=math.nan, high=math.nan), ""
+    elif share and len(cases) == len(used):
+        least = _of_cases(groups, of, values, unit)
+        if least.high - least.low > found.high - found.low:
+            found, kind = least, "wilson"
+    return Summary(found.value, found.low, found.high, len(used), len(by_seed), counted, kind, over, unit)
+
+
+def _mean(rows: Sequence[Row], of: Quantity) -> float:
+    value = math.fsum(float(row[of.column]) for row in rows) / len(rows)
+    return 1 - value if of.complement else value
+
+
+def _of_cases(groups: Sequence[Sequence[Row]], of: Quantity, values: Sequence[float], unit: str) -> Interval:
+    """The interval of a mean of shares for its cases: of one run, where all runs have the same, or of all of them."""
+    from datamodules.measures import SAME, clustered, wilson
+
+    counts = [[float(row[f"{of.column}.n"]) for row in group] for group in groups]
+    mean = math.fsum(values) / len(values)
+    if unit in SAME:
+        least = min(min(each) for each in counts)
+        return replace(wilson(mean * least, least), value=mean)
+    cases = [math.fsum(each) / len(each) for each in counts]
+    hits = [value * n for value, n in zip(values, cases, strict=True)]
+    return replace(clustered(hits, cases), value=mean)
 
 
 def reached(rows: Iterable[Row], of: Quantity, along: str, level: float) -> tuple[float | None, bool]:
@@ -261,7 +298,10 @@ def reached(rows: Iterable[Row], of: Quantity, along: str, level: float) -> tupl
 
 
 def gained(rows: Iterable[Row], others: Iterable[Row], of: Quantity) -> Summary:
-    """The mean difference to other rows over the seeds that both have, with Student's t interval of the pairs."""
+    """The mean difference to other rows over the seeds that both have, with Student's t interval of the pairs.
+
+    Differences that happen to be all the same have none.
+    """
     from datamodules.measures import over_seeds
 
     def by_seed(some: Iterable[Row]) -> dict[tuple[str, ...], Summary]:
@@ -270,7 +310,7 @@ def gained(rows: Iterable[Row], others: Iterable[Row], of: Quantity) -> Summary:
 
     mine, theirs = by_seed(rows), by_seed(others)
     found = over_seeds([mine[seed].value - theirs[seed].value for seed in mine if seed in theirs])
-    known = "t" if found.n > 1 else ""
+    known = "t" if found.n > 1 and found.low < found.high else ""
     ends = (found.low, found.high) if known else (math.nan, math.nan)
     return Summary(found.value, *ends, found.n, found.n, None, known)
 

@@ -161,6 +161,7 @@ class StudySpec:
         grids: Stage → the keys of its grid.
         figures: In order.
         tables: In order.
+        shared: Stage → the earlier stages of which all its seeds have the same cell.
     """
 
     name: str
@@ -169,6 +170,7 @@ class StudySpec:
     grids: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     figures: tuple[FigureSpec, ...] = ()
     tables: tuple[TableSpec, ...] = ()
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def quantity(text: str) -> Quantity:
@@ -215,8 +217,9 @@ def parse(content: Any) -> StudySpec:
     if not isinstance(content, dict):
         raise InputError("keys are expected, such as name, figures and tables")
     stages = content.get("stages") or []
-    named = stages.items() if isinstance(stages, dict) else [(part.get("name"), part) for part in _parts(stages)]
-    grids = {str(name): tuple((part or {}).get("grid") or ()) for name, part in named}
+    listed = stages.items() if isinstance(stages, dict) else [(part.get("name"), part) for part in _parts(stages)]
+    named = [(str(name), part or {}) for name, part in listed]
+    grids = {name: tuple(part.get("grid") or ()) for name, part in named}
     study = StudySpec(
         name=str(content.get("name") or "study"),
         description=str(content.get("description") or ""),
@@ -224,8 +227,29 @@ def parse(content: Any) -> StudySpec:
         grids=grids,
         figures=tuple(_figure(part, where, grids) for where, part in _named(content, "figures")),
         tables=tuple(_table(part, where, grids) for where, part in _named(content, "tables")),
+        shared=_shared(dict(named)),
     )
     return study
+
+
+def _shared(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Stage → the earlier stages of which all its seeds have the same cell: their own seed's is not there."""
+    seeds = {name: tuple(part.get("seeds") or (0,)) for name, part in stages.items()}
+    order = list(stages)
+
+    def behind(name: str, seed: Any) -> set[tuple[str, Any]]:
+        found: set[tuple[str, Any]] = set()
+        for source in (stages[name].get("inputs") or {}).values():
+            if source in order[: order.index(name)]:
+                own = seed if seed in seeds[source] else seeds[source][0]
+                found |= {(source, own), *behind(source, own)}
+        return found
+
+    shared = {}
+    for name, own in seeds.items():
+        common = set.intersection(*(behind(name, seed) for seed in own)) if len(own) > 1 else set()
+        shared[name] = tuple(source for source in stages if any(source == each for each, _ in common))
+    return {name: sources for name, sources in shared.items() if sources}
 
 
 def _parts(value: Any) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.report.markup import Html, join, tag
-from experiments.report.plots import cells, how, left_out
+from experiments.report.plots import cells, how, left_out, shared
 from experiments.report.results import (
+    TEST_IMAGES,
     Results,
     Row,
     Summary,
@@ -38,7 +39,7 @@ class Entry:
         text: The value.
         plus: Half the width of a symmetric interval, or empty.
         interval: Both ends, or empty.
-        more: What HTML has room for: the number of test images.
+        more: What HTML has room for: the number of cases.
         note: The letter of a note.
     """
 
@@ -141,7 +142,7 @@ def table(spec: TableSpec, study: StudySpec, results: Results) -> Table:
         headings=(*headings, "seeds"),
         rows=tuple(rows),
         notes={letters[index]: _source(each) for index, each in enumerate(spec.published) if index in used},
-        remarks=_remarks(spec, results, chosen, all_summaries, averaged, used),
+        remarks=_remarks(spec, results, chosen, all_summaries, averaged, used, shared(spec, study, all_summaries)),
     )
 
 
@@ -214,14 +215,17 @@ def _remarks(
     summaries: Sequence[Summary],
     averaged: Sequence[str],
     used: set[int],
+    same: str,
 ) -> tuple[str, ...]:
     remarks = [how(summaries)] if any(summary.runs for summary in summaries) else []
-    images = []
+    remarks += [same] if same else []
+    counts: dict[str, list[str]] = {}
     for of in spec.columns:
         known = [int(n) for row in chosen if (n := number(row.get(f"{of.column}.n", ""))) is not None]
         if known:
-            images.append(f"{heading(of.text, spec.labels)} {spoken((min(known), max(known)))}")
-    remarks += [f"test images a run: {', '.join(images)}"] if images else []
+            unit = next((row[f"{of.column}.unit"] for row in chosen if row.get(f"{of.column}.unit")), TEST_IMAGES)
+            counts.setdefault(unit, []).append(f"{heading(of.text, spec.labels)} {spoken((min(known), max(known)))}")
+    remarks += [f"{unit} a run: {', '.join(named)}" for unit, named in counts.items()]
     if spec.reach is not None:
         remarks.append(
             f"{heading(spec.reach.along, spec.labels)}: the least of those tried at which the mean over seeds is so "

@@ -62,11 +62,13 @@ def rows_of(study: Study, cells: Sequence[Cell], out: Path) -> list[dict[str, Va
 
 
 def _spread(row: Mapping[str, Value]) -> dict[str, Value]:
-    """A row of a function with its measures as those of a fit: each with ``.low``, ``.high`` and ``.n`` beside it."""
+    """A row with a column for each part of a measure: ``.low``, ``.high``, ``.n``; ``.unit`` if no test images."""
     found: dict[str, Value] = {}
     for name, each in row.items():
         if isinstance(each, dict):
             found |= {name: each.get("value"), **{f"{name}.{part}": each.get(part) for part in ("low", "high", "n")}}
+            if (unit := each.get("unit", "test images")) != "test images":
+                found[f"{name}.unit"] = unit
         else:
             found[name] = each
     return found
@@ -76,9 +78,7 @@ def _measured(folder: Path) -> dict[str, Value]:
     """What a fit's folder says."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    row: dict[str, Value] = {}
-    for name, each in metrics["measures"].items():
-        row |= {name: each["value"], f"{name}.low": each["low"], f"{name}.high": each["high"], f"{name}.n": each["n"]}
+    row = _spread(metrics["measures"])
     row["accepted"] = metrics["accepted"]
     if metrics.get("notes"):
         row["notes"] = "; ".join(metrics["notes"])

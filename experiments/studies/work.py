@@ -125,7 +125,7 @@ def _checked(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for name, value in row.items():
             if name in RESERVED:
                 raise bad("rows", name, "the study has a column of that name; choose another")
-            if isinstance(value, Mapping) and set(value) - {"value", "n", "low", "high"}:
+            if isinstance(value, Mapping) and set(value) - {"value", "n", "low", "high", "unit"}:
                 raise bad(f"rows.{name}", dict(value), "give a value, or value, n, low and high")
         found.append(dict(row))
     return found

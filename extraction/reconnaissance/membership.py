@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import InputError, bad
-from datamodules.measures import Interval
+from datamodules.measures import Interval, wilson
 from datamodules.random import generator
 
 _TINY = 1e-45
@@ -197,7 +197,8 @@ def bootstrapped(
     """A measure with the 95 % interval of its bootstrap: members and non-members are drawn again, each on their own.
 
     A threshold for a false-positive rate is itself estimated, from the few most suspicious non-members; Wilson's
-    interval of the members found would leave that out.
+    interval of the members found would leave that out. It covers the draw of candidates, for one victim and one set of
+    shadow models: how much victims differ, it does not know.
 
     Args:
         measure: Of (scores, members), such as `auroc`.
@@ -214,7 +215,11 @@ def bootstrapped(
         drawn = [part[torch.randint(len(part), (len(part),), generator=private)] for part in (inside, outside)]
         found[number] = measure(torch.cat(drawn), truth)
     low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(measure(scores, members), len(scores), low, high)
+    value = measure(scores, members)
+    if low == high and 0 <= value <= 1:  # members and others apart in every draw: that is no certainty
+        n = min(len(inside), len(outside))
+        low, high = wilson(value * n, n).low, wilson(value * n, n).high
+    return Interval(value, len(scores), low, high, "candidates")
 
 
 def _sorted(scores: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from datamodules.measures import (
     Numbered,
     Range,
     answered,
+    clustered,
     over_seeds,
     wilson,
 )
@@ -87,6 +88,30 @@ def test_two_seeds_by_hand_and_one_alone() -> None:
     assert found.low == pytest.approx(0.9 - 1.27062, abs=1e-5)
     assert found.high == pytest.approx(0.9 + 1.27062, abs=1e-5)
     assert over_seeds([0.4]) == Interval(0.4, 1, -math.inf, math.inf)
+
+
+def test_cases_of_one_victim_count_less_the_more_alike_they_are() -> None:
+    alone = clustered([1, 0, 1, 1], [1, 1, 1, 1])
+    assert alone == wilson(3, 4)  # one target each
+    alike = clustered([5, 5, 0, 0], [5] * 4, "targets")  # all five targets of a victim fall, or none
+    assert (alike.value, alike.n, alike.unit) == (0.5, 20, "targets")
+    # apart = 4/3 · 4 · 2.5² over 20/4: a design effect of 6.67, so 3 cases; t(0.975; 3) = 3.1824
+    expected = wilson(1.5, 3, 3.182446)
+    assert (alike.low, alike.high) == (pytest.approx(expected.low, abs=1e-6), pytest.approx(expected.high, abs=1e-6))
+    mixed = clustered([2, 3, 2, 3], [5] * 4)  # less alike than chance: still no more than 20 cases
+    assert wilson(10, 20).high < mixed.high < alike.high
+    assert clustered([1, 2], [2, 5]).value == pytest.approx(3 / 7)
+
+
+def test_clusters_that_tell_nothing_of_their_likeness() -> None:
+    none = clustered([0, 0, 0, 0], [5] * 4)
+    assert (none.value, none.n, none.low, none.high) == (0, 20, 0, wilson(0, 4).high)
+    every = clustered([5] * 4, [5] * 4)
+    assert (every.low, every.high) == (wilson(4, 4).low, 1)
+    one = clustered([3], [5])
+    assert (one.value, one.n, one.low, one.high) == (0.6, 5, 0, 1)
+    assert clustered([0, 2], [0, 4]).high == 1  # a cluster without cases is none
+    assert math.isnan(clustered([], []).value)
 
 
 # --- hits -------------------------------------------------------------------------------------------------------------

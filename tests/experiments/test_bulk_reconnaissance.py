@@ -224,7 +224,9 @@ def test_rows_tell_members_from_others(
     found = {row["attack"]: row for row in rows if row["through"] == "victim"}
     for row in found.values():
         assert row["auroc"]["value"] == 1
-        assert row["tpr_at_01"] == {"value": 1, "n": row["members"] + row["others"], "low": 1, "high": 1}
+        assert row["tpr_at_01"]["value"] == row["tpr_at_01"]["high"] == 1
+        assert row["tpr_at_01"]["n"] == row["members"] + row["others"]
+        assert 0.5 < row["tpr_at_01"]["low"] < 1  # no bootstrap says so, and yet it is of so many members
     assert set(found) == {"loss", "lira_offline", "lira_online", "lira_online_own_variance"}
 
 

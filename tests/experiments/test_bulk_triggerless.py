@@ -30,6 +30,12 @@ QUICK = {
 }
 
 
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of each test's own: some victims here are no real ones."""
+    monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small network that knows the digits fairly well."""
@@ -137,16 +143,23 @@ def test_a_row_sums_up_the_trials(attack: str, weights: str, tmp_path: Path) -> 
     [row] = transfer(tmp_path, 0, attack=attack, extractor=weights, options=QUICK, **TRANSFER)
     trials = table(tmp_path / "trials.csv")
     assert len(trials) == 6
-    for name, column in (("target_success", "success"), ("target_right", "right")):
-        assert row[name]["n"] == 6
+    columns = ("success", "right", "success_before", "right_before")
+    names = ("target_success", "target_right", "target_success_before", "target_right_before")
+    for name, column in zip(names, columns, strict=True):
+        assert (row[name]["n"], row[name]["unit"]) == (6, "targets")
         assert row[name]["value"] == pytest.approx(sum(int(each[column]) for each in trials) / 6)
         assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
     assert row["clean_accuracy"] == pytest.approx(sum(float(each["accuracy"]) for each in trials) / 6, rel=1e-4)
     assert row["epsilon_reached"] == max(int(each["epsilon_reached"]) for each in trials)
-    assert row["poisoned_share"] == 5 / 60
+    assert row["poisoned_share"] == row["poisoned_share_per_target"] == 5 / 60
+    assert row["victims"] == 6
+    both = [each for each in trials if each["right_before"] == "1"]
+    assert row["target_success_if_right"]["n"] == len(both)
+    assert row["target_success_if_right"]["value"] == pytest.approx(sum(int(e["success"]) for e in both) / len(both))
     assert row["clean_accuracy"] > 0.9
     # two classes: a target is right or has the class of its bases
     assert all(int(each["success"]) + int(each["right"]) == 1 for each in trials)
+    assert all(int(each["success_before"]) + int(each["right_before"]) == 1 for each in trials)
     [again] = transfer(tmp_path, 0, attack=attack, extractor=weights, options=QUICK, **TRANSFER)
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in row.items() if "seconds" not in k
@@ -195,8 +208,14 @@ def test_victims_are_trained_on_the_poisons_of_their_targets(
         poison_fraction=0.005,
     )  # fmt: skip
     trials = table(tmp_path / "trials.csv")
-    assert len(seen) == 2  # of two targets and of one
+    twins, seen = seen[::2], seen[1::2]  # each victim's twin, and the victim
+    assert len(seen) == len(twins) == 2  # of two targets and of one
+    assert seeds[1::2] == seeds[2::2]
     assert len(set(seeds[1:])) == 2
+    assert not any(isinstance(twin, many.Poisoned) for twin in twins)
+    assert [each["victim"] for each in trials] == ["0", "0", "2"]
+    assert row["victims"] == 2
+    assert row["poisoned_share"] == 2 * row["poisoned_share_per_target"] == 12 / 1132
     plain = Digits()
     plain.setup()
     rows = torch.arange(1132)
@@ -216,14 +235,22 @@ def test_victims_are_trained_on_the_poisons_of_their_targets(
     assert row["poisons"] == 6
 
 
-def test_a_victim_is_trained_as_its_config_says(weights: str, tmp_path: Path) -> None:
+def test_a_victim_is_trained_as_its_config_says(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"weights": weights, "configs": ["victim_digits"], "trials": 2, "options": QUICK}
     [row] = from_scratch(
         tmp_path, 0, attack="gradient_matching", overrides={"trainer.max_epochs": 4}, targets_per_victim=2, **options
     )
     assert row["target_success"]["n"] == 2
+    assert (row["target_success"]["low"], row["target_success"]["high"]) == (0, 1)  # one victim says nothing of others
     assert row["poisons"] == 11
     assert row["clean_accuracy"] > 0.6
+    with monkeypatch.context() as context:  # a victim without poisons is the twin in the attack's cell, from the store
+        context.setattr(many, "_fit", None)
+        [none] = from_scratch(
+            tmp_path, 0, attack="none", overrides={"trainer.max_epochs": 4}, targets_per_victim=2, **options
+        )
+    assert none["target_success"] == none["target_success_before"] == row["target_success_before"]
+    assert none["target_right"] == row["target_right_before"]
     with refused("config", "no such file"):
         from_scratch(tmp_path, 0, attack="none", **{**options, "configs": ["no_such_config"]})
 

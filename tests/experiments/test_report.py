@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -211,7 +212,7 @@ def test_the_page_holds_the_table(html: str) -> None:
     page = re.search(r'<section class="table">.*?</section>', html, flags=re.DOTALL)
     assert page
     first, second, third = rows_in(page[0], 0)
-    assert first[:3] == ["0.1", "97.90 ± 0.25 97.65 – 98.15, n = 1,000", "93.00 ± 8.96 84.04 – 101.96, n = 100"]
+    assert first[:3] == ["0.1", "97.90 96.81 – 98.62, n = 1,000", "93.00 ± 8.96 84.04 – 101.96, n = 100"]
     assert first[3:] == ["98.7 a", "2 of 3", "500", "3"]
     assert second[3] == "–"
     assert third == ["0.3", "–", "–", "–", "–", "–", "0 (1 failed, 1 missing)"]
@@ -219,6 +220,7 @@ def test_the_page_holds_the_table(html: str) -> None:
     assert "a Gu et al. 2017, Table 1; deviation: their split" in text
     assert "published, not run here: poison fraction 0.7: attack success rate 99.1 %; Gu et al. 2017" in text
     assert "Mean and Student's t 95 % interval over 3 seeds" in text
+    assert "not ± but in brackets: Wilson's for the n of the cases, where it is wider" in text
     assert "left out: 1 cell failed, 1 cell not run yet" in text
 
 
@@ -253,6 +255,61 @@ def test_runs_that_share_a_seed_are_averaged_before_the_interval_is_made(tmp_pat
     low, high = stats.t.interval(0.95, 1, 0.85, stats.sem([0.8, 0.9]))
     assert (alone.low, alone.high) == pytest.approx((low, high))
     assert (alone.over, alone.runs) == ("runs", 2)
+
+
+def test_seeds_that_agree_are_no_certainty(tmp_path: Path) -> None:
+    rows = [a_row("attack", {"p": 0.1}, seed, {"clean_accuracy": (535, 539)}) for seed in range(3)]
+    write_study(tmp_path, rows, tables=[{"name": "t", "rows": ["p"], "columns": ["clean_accuracy"]}])
+    study, _ = read_study(tmp_path)
+    results = read_results(tmp_path)
+    summary = summarise(results.rows, Quantity("clean_accuracy"), share=True)
+    one = wilson(535, 539)  # the same test images for each seed: they count once
+    assert (summary.low, summary.high, summary.interval) == (pytest.approx(one.low), pytest.approx(one.high), "wilson")
+    markdown = as_markdown(table(study.tables[0], study, results))
+    assert "| 0.1 | 99.26 (98.11 – 99.71) | 3 |" in markdown
+    error = summarise(results.rows, quantity("1 - clean_accuracy"), share=True)
+    assert (error.low, error.high) == (pytest.approx(1 - one.high), pytest.approx(1 - one.low))
+    same = gained(results.rows, results.rows, Quantity("clean_accuracy"))
+    assert (same.value, same.interval) == (0, "")
+
+
+def test_cases_that_each_seed_draws_anew_count_together(tmp_path: Path) -> None:
+    hits = {"target_success": (0, 5)}
+    rows = [{**a_row("scratch", {"attack": "a"}, seed, hits), "target_success.unit": "targets"} for seed in range(4)]
+    write_study(tmp_path, rows, tables=[{"name": "t", "rows": ["attack"], "columns": ["target_success"]}])
+    results = read_results(tmp_path)
+    summary = summarise(results.rows, Quantity("target_success"), share=True)
+    assert (summary.low, summary.high) == (0, pytest.approx(wilson(0, 4).high))  # 20 targets of four victims
+    assert "target_success.unit" in results.parts
+    study, _ = read_study(tmp_path)
+    assert "targets a run: target success 5" in as_markdown(table(study.tables[0], study, results))
+
+
+def test_rows_of_one_cell_have_no_interval(tmp_path: Path) -> None:
+    rows = [{**a_row("bulk", {"stream": name}, 0, {"flagged": (k, 10)}), "cell": "one"}
+            for name, k in (("a", 1), ("b", 9))]  # fmt: skip
+    write_study(tmp_path, rows, tables=[{"name": "t", "rows": ["stage"], "columns": ["flagged"]}])
+    summary = summarise(read_results(tmp_path).rows, Quantity("flagged"), share=True)
+    assert (summary.value, summary.interval, summary.runs) == (0.5, "", 2)
+    assert math.isnan(summary.low)
+
+
+def test_what_all_seeds_share_is_told(tmp_path: Path) -> None:
+    stages = [
+        {"name": "victim", "seeds": [0]},
+        {"name": "marked", "seeds": [0, 1]},
+        {"name": "surrogate", "seeds": [0, 1], "inputs": {"weights": "victim"}},
+        {"name": "attack", "seeds": [0, 1], "inputs": {"a": "surrogate", "b": "marked"}},
+    ]
+    rows = [a_row(stage, {"p": 1}, seed, {"fidelity": (k, 100)})
+            for stage in ("attack", "marked") for seed, k in ((0, 80), (1, 95))]  # fmt: skip
+    tables = [{"name": name, "stage": name, "rows": ["p"], "columns": ["fidelity"]} for name in ("attack", "marked")]
+    write_study(tmp_path, rows, stages=stages, tables=tables)
+    study, _ = read_study(tmp_path)
+    assert study.shared == {"surrogate": ("victim",), "attack": ("victim",)}
+    attack, marked = (as_markdown(table(each, study, read_results(tmp_path))) for each in study.tables)
+    assert "all seeds have the same victim, which no interval here covers" in attack
+    assert "all seeds" not in marked
 
 
 BUDGETS = [
@@ -571,10 +628,10 @@ def test_figures_are_written_as_files(folder: Path) -> None:
 
 def test_tables_are_written_as_files(folder: Path) -> None:
     markdown = (folder / "tables" / "fractions.md").read_text(encoding="utf-8")
-    assert "| 0.1 | 97.90 ± 0.25 | 93.00 ± 8.96 | 98.7 \\[a\\] | 2 of 3 | 500 | 3 |" in markdown
+    assert "| 0.1 | 97.90 (96.81 – 98.62) | 93.00 ± 8.96 | 98.7 \\[a\\] | 2 of 3 | 500 | 3 |" in markdown
     assert "- [a] Gu et al. 2017, Table 1; deviation: their split" in markdown
     latex = (folder / "tables" / "fractions.tex").read_text(encoding="utf-8")
-    assert r"0.1 & 97.90 $\pm$ 0.25 & 93.00 $\pm$ 8.96 & 98.7\textsuperscript{a} & 2 of 3 & 500 & 3 \\" in latex
+    assert r"0.1 & 97.90 (96.81 -- 98.62) & 93.00 $\pm$ 8.96 & 98.7\textsuperscript{a} & 2 of 3 & 500 & 3 \\" in latex
     assert r"\toprule" in latex
     assert r"\begin{tabular}{lrrrrrr}" in latex
     assert latex.count("{") == latex.count("}")

@@ -48,7 +48,7 @@ def test_metrics_file(finished: Path) -> None:
     assert set(found) >= {"measures", "accepted", "seed", "seconds", "versions"}
     assert set(found["measures"]) == {"clean_accuracy", "attack_success_rate", "robust_accuracy", "holdout_accuracy"}
     for each in found["measures"].values():
-        assert set(each) == {"value", "n", "low", "high"}
+        assert set(each) == {"value", "n", "low", "high", "unit"}
         assert 0 <= each["low"] <= each["value"] <= each["high"] <= 1
         assert isinstance(each["n"], int)
     assert {name: each["n"] for name, each in found["measures"].items()} == {
