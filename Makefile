@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench layers crafting labelling kills overhead pins wheel clean
+.PHONY: help setup demo test lint types unit format bench layers crafting labelling kills overhead mutants pins wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -57,6 +57,9 @@ kills: $(BIN)/.installed ## kill a small study ten times, and compare it with an
 
 overhead: $(BIN)/.installed ## what the pool of processes costs on 100 small cells (minutes)
 	$(BIN)/python -m tests.benchmarks.studies overhead
+
+mutants: $(BIN)/.installed ## put faults of one line in, one at a time, and demand that the tests named beside them fail (minutes)
+	$(BIN)/python -m tests.mutants
 
 pins: $(BIN)/.installed ## resolve the newest versions into constraints.txt (names no host)
 	$(BIN)/uv pip compile --quiet --upgrade --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml

@@ -30,6 +30,9 @@ from datamodules.rewrite import Rewrite
 from datamodules.store import Store, entry_digest, load_tensors, save_tensors
 from poisoning.choosing import check_fraction, choose
 
+_PART = 2048
+"""Images that are measured at a time."""
+
 Report = Callable[[float, str], None]
 """Called while crafting: the share of the work that is done, and how it stands."""
 
@@ -203,7 +206,7 @@ class NoisePoison(Rewrite):
     def _measure(self) -> Facts:
         """The largest and the mean change in grey levels, and the number of images that changed at all."""
         largest, total, changed = 0, 0, 0
-        for rows in self._chosen.split(2048):
+        for rows in self._chosen.split(_PART):
             before = self.base.train_set.images_at(rows).to(torch.int16)
             change = (self.train_set.images_at(rows) - before).abs_().flatten(1)
             largest = max(largest, int(change.max()))

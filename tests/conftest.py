@@ -18,7 +18,9 @@ torch.set_num_threads(1)  # two jobs share two cores; and a process that never h
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All the tiny data sets, written once."""
+    """All the tiny data sets, written once; or what ``PHARMAKON_TEST_DATA`` names, where many sessions share them."""
+    if shared := os.environ.get("PHARMAKON_TEST_DATA"):
+        return Path(shared)
     folder = tmp_path_factory.mktemp("data")
     fixtures_data.write_all(folder)
     return folder

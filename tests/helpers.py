@@ -6,15 +6,15 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from classifiers.backbones import MLP
+from classifiers.backbones import MLP, Backbone
 from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError
@@ -34,6 +34,34 @@ def tiny_trainer(**kwargs: Any) -> Trainer:
         "use_distributed_sampler": False,
     }
     return Trainer(**{**quiet, **kwargs})
+
+
+class NormDrop(Backbone):
+    """Eight hidden units with BatchNorm and dropout: in training mode an answer is one to a batch, and by chance."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(image_shape, num_classes)
+        inputs = image_shape[0] * image_shape[1] * image_shape[2]
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(inputs, 8), nn.BatchNorm1d(8, momentum=0.5), nn.ReLU(), nn.Dropout(0.3)
+        )
+        self.head = nn.Linear(8, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What is left of the hidden units: (N, C, H, W) → (N, 8)."""
+        found: Tensor = self.body(x)
+        return found
+
+
+class Watched(NormDrop):
+    """The same, with a record of each forward pass of all of them: whether in training mode, and the input."""
+
+    seen: ClassVar[list[tuple[bool, Tensor]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits: (N, C, H, W) → (N, K)."""
+        self.seen.append((self.training, x.detach().clone()))
+        return super().forward(x)
 
 
 def mlp(data: ImageDataModule, kind: type[ImageClassifier] = ImageClassifier, **kwargs: Any) -> Any:

@@ -252,8 +252,8 @@ def test_dropout_depends_on_seed_and_step_alone() -> None:
 
 
 def test_batches_of_one_step_have_masks_of_their_own() -> None:
-    def masks(accumulate: int) -> list[tuple[int, Tensor]]:
-        data = Digits(seed=0)
+    def masks(accumulate: int, seed: int = 0) -> list[tuple[int, Tensor]]:
+        data = Digits(seed=seed)
         model = mlp(data, backbone=partial(MLP, hidden=[64], dropout=0.5))
         (dropout,) = (module for module in model.net.modules() if isinstance(module, nn.Dropout))
         dropped: list[tuple[int, Tensor]] = []
@@ -274,6 +274,7 @@ def test_batches_of_one_step_have_masks_of_their_own() -> None:
     for (step, mask), (again, other) in zip(three, masks(3), strict=True):
         assert step == again
         assert torch.equal(mask, other)
+    assert not any(torch.equal(mask, other) for (_, mask), (_, other) in zip(plain, masks(1, seed=1), strict=True))
     for step in range(4):  # a step's first batch is keyed by the step alone, as without accumulation
         assert torch.equal(three[3 * step][1], plain[step][1])
 

@@ -7,6 +7,7 @@ import torch
 
 from datamodules.classes import Classes
 from datamodules.errors import InputError
+from datamodules.imageset import ImageSet, Overlay
 from datamodules.sources.digits import Digits
 from poisoning.label_flip import LabelFlip
 
@@ -42,6 +43,30 @@ def test_images_of_each_class_are_drawn_by_the_seed_alone() -> None:
     # whichever other classes there are, a class keeps its images
     both = made([5, 7], 40)
     assert torch.equal(one.train_set.ids[one.train_set.labels == 1], both.train_set.ids[both.train_set.labels == 0])
+
+
+def test_all_images_of_a_class_may_be_asked_for_and_not_one_more() -> None:
+    there = int((made([3, 5]).train_set.labels == 0).sum())
+    fewest = min(there, int((made([3, 5]).train_set.labels == 1).sum()))
+    assert made([3, 5], fewest).train_set.labels.bincount().tolist() == [fewest, fewest]
+    with pytest.raises(InputError, match=f"per_class = {fewest + 1}: there are {fewest} training images"):
+        made([3, 5], fewest + 1)
+
+
+def test_an_image_without_a_label_is_of_no_class() -> None:
+    class Half(Digits):
+        @property
+        def train_set(self) -> ImageSet:
+            whole = super().train_set
+            labels = torch.where(torch.arange(len(whole)) % 2 == 0, -1, whole.labels)
+            return Overlay(whole, torch.arange(len(whole)), labels=labels)
+
+    data = Classes(Half(), [0, 1])
+    data.setup()
+    kept = made([0, 1]).train_set
+    rows = torch.isin(kept.ids, data.base.train_set.ids[1::2])
+    assert torch.equal(data.train_set.ids, kept.ids[rows])
+    assert torch.equal(data.train_set.labels, kept.labels[rows])
 
 
 def test_what_is_measured_is_about_these_classes() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules import imageset
-from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint, put_rows
+from datamodules.imageset import UNLABELLED, Batch, ImageSet, Overlay, fingerprint, labelled, put_rows
 from datamodules.store import load_tensors
 from tests.helpers import refused, some_images
 
@@ -46,6 +46,11 @@ def same(one: Batch, other: Batch) -> bool:
 def base() -> ImageSet:
     plain = some_images(12, (3, 4, 5))
     return ImageSet(plain.images, plain.labels, plain.ids, {"boxes": torch.arange(48.0).view(12, 4)})
+
+
+def test_which_samples_have_a_label() -> None:
+    assert labelled(torch.tensor([0, UNLABELLED, 3])).tolist() == [True, False, True]
+    assert labelled(torch.tensor([[0.0, 0.5], [0.0, 0.0], [1.0, 0.0]])).tolist() == [True, False, True]
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from datamodules.sources.digits import Digits
 from poisoning.adversarial_poison import AdversarialPoison
 from poisoning.noise import NoiseTable
 from poisoning.victim import Victim
-from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
+from tests.helpers import Watched, global_randomness_untouched, mlp, refused, tiny_trainer
 
 QUICK: dict[str, Any] = {
     "backbone": partial(MLP, hidden=[32]), "surrogate_epochs": 4, "iterations": 15, "step_size": 16.0, "epsilon": 127,
@@ -66,6 +67,28 @@ def test_the_class_is_the_next_of_all_ten_and_labels_stay(monkeypatch: pytest.Mo
     for label in range(10):
         assert float((seen[labels == label] == (label + 1) % 10).float().mean()) > 0.7
     assert float((seen == (labels + 1) % 10).float().mean()) == pytest.approx(data.facts()["surrogate_fooled"])
+
+
+def test_images_are_moved_by_a_surrogate_at_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHARMAKON_CACHE", str(tmp_path))
+    quick: dict[str, Any] = {"backbone": Watched, "batch_size": 2000, "surrogate_epochs": 2, "iterations": 3}
+
+    def seen(**kwargs: Any) -> list[tuple[bool, Tensor]]:
+        Watched.seen.clear()
+        poison(**quick, **kwargs)
+        found, Watched.seen[:] = list(Watched.seen), []
+        return found
+
+    plain = seen()
+    # two epochs of training; then, dropout and BatchNorm at rest: as they are, three steps, and what became of them
+    assert [training for training, _ in plain] == [True, True, *[False] * 5]
+    epochs, moved = [x for _, x in plain[:2]], [x for _, x in plain[2:]]
+    assert torch.equal(epochs[0].sum((1, 2, 3)).sort().values, epochs[1].sum((1, 2, 3)).sort().values)
+    assert not torch.equal(epochs[0], epochs[1])  # the same images in another order
+    assert torch.allclose(moved[0], moved[1], atol=1e-5)  # the first step starts from the images
+    assert all(not torch.allclose(one, other, atol=0.1) for one, other in pairwise(moved[1:]))
+    augmented = [x.sum((1, 2, 3)).sort().values for _, x in seen(augment=FlipCrop(2, flip=False))[:2]]
+    assert not torch.equal(*augmented)  # each epoch is augmented anew
 
 
 @pytest.mark.parametrize("epsilon", [3, 64])

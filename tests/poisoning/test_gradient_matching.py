@@ -94,6 +94,15 @@ def of_poisons(network: nn.Module, images: Tensor, about: dict[str, Any]) -> Ten
     return torch.stack(found)
 
 
+def of_poisons_differentiably(network: nn.Module, images: Tensor, about: dict[str, Any]) -> Tensor:
+    """The mismatch of one target's poisons, with a gradient with respect to them."""
+    weights, label = list(network.parameters()), about["labels"]
+    wanted = torch.autograd.grad(cross_entropy(network(about["targets"]), label), weights)
+    loss = cross_entropy(network(images[0]), label.expand(len(images[0])))
+    strung = torch.cat([each.flatten() for each in torch.autograd.grad(loss, weights, create_graph=True)])
+    return 1 - torch.cosine_similarity(strung, torch.cat([each.flatten() for each in wanted]), dim=0)
+
+
 # --- augmentation -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("padding", [0, 1, 4])
@@ -273,6 +282,54 @@ def test_the_rate_falls_tenfold_three_times(network: ImageClassifier, monkeypatc
     match([network], **task(1), iterations=16, restarts=1, step=0.1)
     expected = [0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2  # from 3/8, 5/8 and 7/8 of 16
     assert rates == pytest.approx(expected)
+
+
+def test_each_step_has_its_own_augmentation_and_restarts_are_judged_by_another(
+    network: ImageClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[int] = []
+
+    def noted(augment: FlipCrop, images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
+        epochs.append(epoch)
+        return flip_crop(augment, images, ids, seed, epoch)
+
+    monkeypatch.setattr("poisoning.gradient_matching.flip_crop", noted)
+    match([network], **task(1), iterations=3, restarts=2, augment=FlipCrop(1))
+    assert epochs == [*range(6), 6, 6, 6]  # the steps of both restarts; then each of them, and the bases
+
+
+def test_adam_gets_the_sign_of_a_slope_at_poisons_within_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    slopes: list[Tensor] = []
+    points: list[Tensor] = []
+    step = torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam) -> Any:
+        [x] = self.param_groups[0]["params"]
+        slopes.append(x.grad.clone())
+        points.append(x.detach().clone())
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    about = task(2)
+    model = load_classifier(trained())
+    match([model], **about, iterations=4, restarts=1, step=0.5)  # far beyond ε
+    assert len(slopes) == 2 * 4
+    for slope, x, bases in zip(slopes, points, about["bases"].float().repeat_interleave(4, 0), strict=True):
+        assert set(slope.unique().tolist()) <= {-1.0, 0.0, 1.0}
+        assert float((x[0] * 255 - bases).abs().max()) < 16.001  # ε, the start included
+        assert 0 <= float(x.min()) <= float(x.max()) <= 1
+    # the slope is that of the loss, not its negative: at the start, where Adam has no memory yet
+    here = points[0].requires_grad_()
+    (expected,) = torch.autograd.grad(of_poisons_differentiably(model, here, part_of(about, slice(0, 1))), here)
+    assert torch.equal(slopes[0], expected.sign())
+
+
+def test_each_target_starts_from_noise_of_its_own(network: ImageClassifier) -> None:
+    one = task(1)
+    alike = {key: value.repeat(2, *[1] * (value.ndim - 1)) if key != "epsilon" else value for key, value in one.items()}
+    alike["ids"] = torch.stack([one["ids"][0], one["ids"][0] + 50])
+    made = match([network], **alike, iterations=1, restarts=1)
+    assert not torch.equal(made.images[0], made.images[1])
 
 
 def test_progress_goes_up_to_one(network: ImageClassifier) -> None:

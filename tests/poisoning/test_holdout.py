@@ -46,6 +46,14 @@ def test_it_is_cut_from_the_poisoned_pool() -> None:
     assert cut(Digits(), fraction=0.1).facts()["holdout_poisoned"] == 0
 
 
+def test_poisoned_is_what_any_rewrite_changed() -> None:
+    data = cut(LabelFlip(LabelFlip(Digits(), 0.2, seed=1), 0.2, seed=2, name="again"), fraction=0.2)
+    one, other = ({*changes.ids.tolist()} & {*data.val_set.ids.tolist()} for changes in data.changes())
+    assert one - other
+    assert other - one
+    assert data.facts()["holdout_poisoned"] == len(one | other)
+
+
 def test_images_in_it_are_as_poisoned_as_those_trained_on() -> None:
     noisy = Unlearnable(
         Digits(), partial(MLP, hidden=[8]), kind="class_wise", rounds=1, step_size=20.0, epsilon=64, poison_fraction=0.5

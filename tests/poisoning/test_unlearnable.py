@@ -19,10 +19,10 @@ from datamodules.imageset import ImageSet, Overlay
 from datamodules.sources.digits import Digits
 from poisoning.adversarial_poison import AdversarialPoison
 from poisoning.label_flip import LabelFlip
-from poisoning.noise import NoiseTable, descend, input_gradient, shown
+from poisoning.noise import Crafted, NoiseTable, descend, input_gradient, shown
 from poisoning.unlearnable import Unlearnable
 from poisoning.victim import Victim
-from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
+from tests.helpers import Watched, global_randomness_untouched, mlp, refused, tiny_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the surrogate still errs.*")
 
@@ -98,6 +98,8 @@ def test_the_gradient_is_that_of_cross_entropy() -> None:
     assert torch.allclose(gradient.flatten(), torch.tensor([q[0] - 1, 2 * q[1]]), atol=1e-6)
     assert missed.tolist() == [True]
     assert not input_gradient(model, seen, torch.tensor([1]))[1].any()
+    twice, _ = input_gradient(model, seen.repeat(2, 1, 1, 1), torch.tensor([0, 0]))
+    assert torch.allclose(twice, gradient.repeat(2, 1, 1, 1))  # of the sum: other images of a batch do not matter
 
 
 def test_a_step_goes_down_the_loss_within_epsilon() -> None:
@@ -197,6 +199,20 @@ def test_epsilon_holds_on_uint8_and_is_reported(kind: str, epsilon: int) -> None
     assert (added[before == 0] > 0).any()
 
 
+def test_what_is_reported_is_of_all_parts(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def falling(self: Unlearnable, surrogate: ImageClassifier, train: ImageSet, report: Any) -> Crafted:
+        noise = torch.tensor([8.0, 3.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+        return Crafted(noise, (torch.arange(len(train)) > 20).long(), {})  # the last images change least
+
+    monkeypatch.setattr(Unlearnable, "craft", falling)
+    monkeypatch.setattr("poisoning.noise._PART", 100)
+    data = unlearnable()
+    added = change(data)
+    assert data.facts()["epsilon_reached"] == int(added.max()) == 8
+    assert data.facts()["mean_change"] == pytest.approx(float(added.float().mean()))
+    assert data.facts()["poisoned_changed"] == int((added != 0).flatten(1).any(1).sum())
+
+
 def test_labels_ids_and_the_other_sets_are_untouched() -> None:
     data, plain = unlearnable(), Digits()
     plain.setup()
@@ -290,6 +306,9 @@ def test_all_that_determines_the_noise_is_in_its_key(
 def test_crafting_ends_when_the_error_is_small_and_says_so(own_cache: Path) -> None:
     with pytest.warns(UserWarning, match="after 2 rounds the surrogate still errs"):
         assert unlearnable(stop_error=0.0).facts()["crafting_rounds"] == 2
+    whole = unlearnable(kind="class_wise", epsilon=127, step_size=32.0, rounds=12, stop_error=0.0).facts()
+    assert whole["surrogate_error"] == 0.0
+    assert whole["crafting_rounds"] == 12  # an error of 0 is not less than 0
     easy = unlearnable(kind="class_wise", epsilon=64, step_size=8.0, rounds=40, stop_error=0.3)
     facts = easy.facts()
     assert 1 < facts["crafting_rounds"] < 40  # type: ignore[operator]
@@ -323,6 +342,84 @@ def test_dropout_of_the_surrogate_is_seeded(tmp_path: Path, monkeypatch: pytest.
         with global_randomness_untouched():
             digests.add(unlearnable(backbone=Dropping).train_set.digest())
     assert len(digests) == 1
+
+
+# --- the surrogate ----------------------------------------------------------------------------------------------------
+def levels(x: Tensor, data: ImageDataModule) -> list[list[int]]:
+    """What a network was shown, in whole grey levels, an image a row, in ascending order."""
+    mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (data.mean, data.std))
+    real = (x * std + mean) * 255
+    assert torch.allclose(real, real.round(), atol=1e-3)
+    return sorted(real.round().int().flatten(1).tolist())
+
+
+def test_the_surrogate_learns_from_the_noise_of_that_moment_and_noise_from_a_surrogate_at_rest(own_cache: Path) -> None:
+    whole: dict[str, Any] = {"backbone": Watched, "stop_error": 0.0, "step_size": 2.6, "batch_size": 2000}  # all images
+    after_one = all_images(unlearnable(**whole, rounds=1).train_set)
+    Watched.seen.clear()
+    data = unlearnable(**whole, rounds=2)
+    seen, Watched.seen[:] = list(Watched.seen), []
+    assert [training for training, _ in seen] == [*[True] * 3, *[False] * 2] * 2  # dropout and BatchNorm at rest
+    assert len(seen[0][1]) == 1132
+    clean, noisy = (sorted(each.flatten(1).int().tolist()) for each in (all_images(data.base.train_set), after_one))
+    assert all(levels(x, data) == clean for _, x in seen[:3])
+    assert all(levels(x, data) == noisy for _, x in seen[5:8])  # and not from clean images again
+    # the second step on the noise starts from where the first one led
+    assert levels(seen[3][1], data) == clean != levels(seen[4][1], data)
+    assert not torch.equal(seen[0][1], seen[1][1])  # every pass has an order of its own
+
+
+def test_what_is_crafted_is_held_to_epsilon_and_rounded(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wild(self: Unlearnable, surrogate: ImageClassifier, train: ImageSet, report: Any) -> Crafted:
+        noise = torch.tensor([-9.0, -7.6, 2.5001, 7.6, 300.0]).repeat(13)[:64].view(1, 1, 8, 8)
+        return Crafted(noise, torch.zeros(len(train), dtype=torch.int64), {})
+
+    monkeypatch.setattr(Unlearnable, "craft", wild)
+    table = unlearnable().train_set.rewriter.table  # type: ignore[attr-defined]
+    assert table.flatten()[:5].tolist() == [-8, -8, 3, 8, 8]
+
+
+def test_noise_finds_its_image_in_a_set_in_any_order(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backwards(Digits):
+        @property
+        def train_set(self) -> ImageSet:
+            return super().train_set.select(torch.arange(1131, -1, -1))
+
+    def by_id(self: Unlearnable, surrogate: ImageClassifier, train: ImageSet, report: Any) -> Crafted:
+        return Crafted((train.ids % 8).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(len(train)), {})
+
+    monkeypatch.setattr(Unlearnable, "craft", by_id)
+    data = unlearnable(Backwards())
+    assert (data.train_set.ids.diff() < 0).all()
+    assert torch.equal(change(data).flatten(1).amax(1).long(), data.train_set.ids % 8)
+
+
+def test_what_another_attack_or_version_crafted_is_not_taken(
+    own_cache: Path, craftings: list[ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Another(Unlearnable):
+        pass
+
+    for kind, count in ((Unlearnable, 1), (Another, 2), (Unlearnable, 2)):
+        kind(Digits(), **QUICK).prepare_data()
+        assert len(craftings) == count
+    monkeypatch.setattr(Unlearnable, "version", 2)
+    unlearnable()
+    assert len(craftings) == 3
+
+
+def test_noise_of_other_initial_weights_is_not_taken(own_cache: Path, craftings: list[ImageSet]) -> None:
+    class Started(MLP):
+        start = 0.0
+
+        def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+            super().__init__(image_shape, num_classes, [8])
+            self.head.bias.data.fill_(self.start)  # as weights from a file that has changed
+
+    unlearnable(backbone=Started)
+    Started.start = 0.5
+    unlearnable(backbone=Started)
+    assert len(craftings) == 2
 
 
 # --- what it does -----------------------------------------------------------------------------------------------------

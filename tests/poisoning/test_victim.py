@@ -18,7 +18,7 @@ from datamodules.sources.digits import Digits
 from datamodules.triggers import PixelPattern
 from poisoning.badnets import BadNets
 from poisoning.victim import Victim
-from tests.helpers import mlp, refused, tiny_trainer
+from tests.helpers import NormDrop, mlp, refused, tiny_trainer
 
 
 def trained(data: ImageDataModule, seed: int, steps: int = 30) -> ImageClassifier:
@@ -114,6 +114,20 @@ def test_the_honest_model_beside_is_measured_as_on_its_own(tmp_path: Path, size:
         assert (found.value, found.n) == (differs / len(images), len(images))
         assert 0 < differs < len(images)
     assert len(measured) == 4 + 4 + 3
+
+
+def test_the_honest_model_answers_at_rest(tmp_path: Path) -> None:
+    """With dropout and BatchNorm its answers would be by chance, and its statistics those of the test images."""
+    data, path = Digits(), tmp_path / "honest.safetensors"
+    torch.manual_seed(0)
+    honest = mlp(data, backbone=NormDrop)
+    tiny_trainer(max_steps=20, limit_val_batches=0).fit(honest, data)
+    honest.save(path)
+    victim = mlp(data, Victim, backbone=NormDrop, honest=str(path))
+    alone = measure(honest, data)["clean_accuracy"]
+    for begin in (lambda: tiny_trainer(max_steps=1, limit_val_batches=0).fit(victim, data), lambda: None):
+        begin()
+        assert measure(victim, data)["honest_clean_accuracy"] == alone
 
 
 def test_padding_rows_agree_with_nobody(tmp_path: Path) -> None:
