@@ -4,6 +4,9 @@ Shafahi et al., "Poison Frogs! Targeted Clean-Label Poisoning Attacks on Neural 
 scaled-down AlexNet for CIFAR-10, warm start, Adam at 1.85e-5 for 10 epochs, batches of 128. A single poison does
 nothing there, for the features move; many poisons round the target, each blended with it before crafting, hold it.
 
+Beside them stand what would make a success nothing: images that are blended and not crafted, the target itself under
+the base's label, bases as they are, no poison at all; and what an independent classifier takes the poisons for.
+
 Deviations: the paper gives no β for this experiment; ours is `default_beta` for the 192 features, the paper's rule for
 transfer. Images are not augmented. Targets are drawn at random from those that the network gets right – the paper does
 not say – so that success is not an error that was there before.
@@ -27,10 +30,10 @@ from classifiers.devices import accelerator
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import bad
 from datamodules.imageset import ImageSet
-from datamodules.measures import over_seeds, wilson
+from datamodules.measures import clustered, wilson
 from datamodules.random import derive, generator
 from experiments.registry import configs_folder, import_all
-from poisoning.extractor import feature_size, load_extractor
+from poisoning.extractor import feature_size, features_in_parts, load_extractor
 from poisoning.feature_collision import Collision, blend, collide, default_beta
 from poisoning.targets import rounded
 
@@ -99,6 +102,8 @@ def end_to_end(
     base_label: int,
     poisons: int,
     opacity: float,
+    crafted: bool = True,
+    judge: str | None = None,
     trials: int = 30,
     images: int | None = None,
     test_images: int | None = None,
@@ -123,6 +128,9 @@ def end_to_end(
         base_label: The class of the bases, test images.
         poisons: Of each target, from as many bases; 0: fine-tuning on clean images alone.
         opacity: Of the target, blended into each base before crafting.
+        crafted: False for a control: images are blended and no more – at opacity 1 they are the target itself under the
+            label of the bases, at 0 bases as they are.
+        judge: Weights of an independent classifier of all the source's classes; None: there is none.
         trials: Targets.
         images: Clean training images, drawn at random; None: all.
         test_images: On which accuracy is measured after each trial, the first ones that are no targets; None: all.
@@ -134,15 +142,21 @@ def end_to_end(
         learning_rate: Of the victim's Adam.
 
     Returns:
-        One row.
+        One row; ``poison`` says what the poisons are, ``poisoned_share`` how much of the victim's set. Each trial has a
+        target and a victim of its own; warm start and clean images are the same in all, and in no interval.
+        ``clean_label``: of all poisons, those that the judge takes for their base's class, ``clean_label_of_bases``: of
+        their bases; the poisons of a target are not independent, and the intervals are over targets.
 
     Raises:
         InputError: If a value is out of its range, or weights or labels do not fit.
     """
+    if not 0 <= opacity <= 1:
+        raise bad("opacity", opacity, "it must be from 0 to 1")
     data = read_source(source)
     data.prepare_data()
     data.setup("fit")
     warm = load_classifier(weights)
+    sees = None if judge is None else _judge(judge, data)
     device = accelerator()
     extractor = load_extractor(weights, data.image_shape).to(device)
     for field, number in (("trials", trials), ("poisons", poisons + 1), ("images", images or 1)):
@@ -164,8 +178,8 @@ def end_to_end(
         test.images_at(bases.flatten()).float() / 255, aims.float().repeat_interleave(poisons, 0) / 255, opacity
     )
     beta = beta_scale * default_beta(feature_size(extractor), aims[0].numel())
-    made = _craft(extractor, aims, starts, poisons, beta, iterations, tolerance)
-    crafted = time.perf_counter()
+    made = _craft(extractor, aims, starts, poisons, beta, iterations, tolerance, crafted)
+    ready = time.perf_counter()
     wrong = torch.full((poisons,), base_label)
     rows: list[dict[str, Any]] = []
     for number in range(trials):
@@ -195,28 +209,57 @@ def end_to_end(
         _draw(folder / "poisons.png", aims, test.images_at(bases.flatten()), made.images, poisons)
     before = _accuracy(extractor, test, measured)
     after = [row["accuracy"] for row in rows]
-    apart = extractor_distance(extractor, test, targets, bases)
+    before_crafting = apart(extractor, test.images_at(bases.flatten()), aims)
     moved = made.images.float() / 255 - test.images_at(bases.flatten()).float() / 255
     row = {
-        "target_success": asdict(wilson(sum(row["success"] for row in rows), trials)),
-        "target_misclassified": asdict(wilson(sum(row["misclassified"] for row in rows), trials)),
+        "poison": _called(poisons, opacity, crafted),
+        "target_success": asdict(wilson(sum(row["success"] for row in rows), trials, unit="targets")),
+        "target_misclassified": asdict(wilson(sum(row["misclassified"] for row in rows), trials, unit="targets")),
         "confidence_median": float(torch.tensor([row["confidence"] for row in rows]).median()),
         "clean_accuracy_before": before,
         "clean_accuracy": sum(after) / trials,
+        "clean_drop": before - sum(after) / trials,
+        "worst_clean_drop": before - min(after),
         "clean_images": count,
-        "crafting_seconds": round(crafted - began, 1),
-        "training_seconds": round(finished - crafted, 1),
+        "poisoned_share": poisons / (count + poisons),
+        "crafting_seconds": round(ready - began, 1),
+        "training_seconds": round(finished - ready, 1),
     }
-    drop = over_seeds([before - each for each in after])
-    row["clean_drop"] = drop.value
+    if poisons and sees is not None:
+        row["clean_label"] = _kept(sees, made.images, base_label, trials)
+        row["clean_label_of_bases"] = _kept(sees, test.images_at(bases.flatten()), base_label, trials)
     if poisons:
         row |= {
-            "relative_distance": float((made.feature_distance / apart).median()),
+            "relative_distance": float((made.feature_distance / before_crafting).median()),
             "l2": float(moved.flatten(1).norm(dim=1).median()),
             "linf": float(moved.flatten(1).abs().amax(1).median()),
             "iterations_run": float(made.iterations.double().mean()),
         }
     return [row]
+
+
+def _judge(path: str, data: ImageDataModule) -> ImageClassifier:
+    model = load_extractor(path, data.image_shape).to(accelerator())
+    if model.num_classes != data.num_classes:
+        raise bad("judge", path, f"it knows {model.num_classes} classes, and there are {data.num_classes}")
+    return model
+
+
+def _kept(judge: ImageClassifier, images: Tensor, label: int, trials: int) -> dict[str, Any]:
+    """The share of images that the judge gives a label; as many images for each trial, which are alike."""
+    hits = (_probabilities(judge, images).argmax(1) == label).view(trials, -1)
+    return asdict(clustered(hits.sum(1).tolist(), [hits.shape[1]] * trials, "poisons"))
+
+
+def _called(poisons: int, opacity: float, crafted: bool) -> str:
+    """What the poisons are, for the reader of a table."""
+    if not poisons:
+        return "none"
+    if crafted:
+        return "crafted"
+    if opacity in (0, 1):
+        return "the target itself" if opacity else "bases as they are"
+    return "blended, not crafted"
 
 
 def _choose(
@@ -248,11 +291,12 @@ def _craft(
     beta: float,
     iterations: int,
     tolerance: float,
+    crafted: bool,
 ) -> Collision:
-    """All trials' poisons in one batch."""
-    if not poisons:
-        none = torch.zeros(0)
-        return Collision(rounded(starts), none, none, none, none, torch.zeros(0, dtype=torch.int64))
+    """All trials' poisons in one batch, or what they would begin as."""
+    if not poisons or not crafted:
+        images, none = rounded(starts), torch.zeros(len(starts))
+        return Collision(images, apart(extractor, images, aims), none, none, none, none.long())
     device = extractor.device
     repeated = aims.float().repeat_interleave(poisons, 0) / 255
     made = collide(
@@ -266,15 +310,14 @@ def _craft(
     return Collision(*(part.cpu() for part in made))
 
 
-def extractor_distance(extractor: ImageClassifier, test: ImageSet, targets: Tensor, bases: Tensor) -> Tensor:
-    """‖f(b) − f(t)‖ of each base, unblended: (T · P,)."""
-    with torch.no_grad():
-        aims = extractor.features(test.images_at(targets).to(extractor.device)).cpu()
-        parts = [
-            extractor.features(test.images_at(rows).to(extractor.device)).cpu() for rows in bases.flatten().split(512)
-        ]
-    found = torch.cat(parts) if parts else aims[:0]
-    distance: Tensor = (found - aims.repeat_interleave(bases.shape[1], 0)).norm(dim=1)
+@torch.no_grad()
+def apart(extractor: ImageClassifier, images: Tensor, targets: Tensor) -> Tensor:
+    """‖f(x) − f(t)‖ of images uint8 (T · P, C, H, W), P for each target in turn: (T · P,)."""
+    goal = features_in_parts(lambda part: extractor.features(part.to(extractor.device)).cpu(), targets)
+    if not len(images):
+        return goal.new_empty(0)
+    found = features_in_parts(lambda part: extractor.features(part.to(extractor.device)).cpu(), images)
+    distance: Tensor = (found - goal.repeat_interleave(len(images) // len(targets), 0)).norm(dim=1)
     return distance
 
 

@@ -19,7 +19,7 @@ from classifiers.devices import accelerator
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad, did_you_mean
 from datamodules.imageset import ImageSet
-from datamodules.measures import wilson
+from datamodules.measures import Interval, clustered, wilson
 from datamodules.random import derive, generator
 from experiments.bulk.end_to_end import read_source
 from experiments.bulk.fitting import fit, loaded, start_config
@@ -254,9 +254,10 @@ def detection(
         A row for each kind of stream. Jacobian augmentation asks an oracle with this detector, and what that says is
         read from its ledger, up to the flag; hidden among benign images or dealt out, the same queries are shown to new
         detectors: the answers, and so the attack, would be the same. For Sybils, n counts the clients of all trials,
-        four each. ``judged`` is the number of streams that were long enough for a verdict: where it is 0, not to be
-        flagged says nothing. Streams of a kind are drawn from the same test images, so they are not independent, and
-        intervals are too narrow.
+        four each; those of one attack are alike, and the interval is over attacks. ``judged`` is the number of streams
+        that were long enough for a verdict: where it is 0, not to be flagged says nothing. All streams are of one
+        victim and drawn from the same test images: the intervals are of further draws from these, and too narrow for
+        other images and other victims.
 
     Raises:
         InputError: If there is no such detector.
@@ -296,7 +297,7 @@ def detection(
             {
                 "stream": name,
                 "judged": sum(_judged(state) for state in found),
-                "flagged": asdict(wilson(len(flagged), len(found))),
+                "flagged": asdict(_flagged(found, trials if name.endswith("Sybils") else len(found))),
                 "first_flag": flagged[0] if flagged else None,
                 "median_flag": flagged[len(flagged) // 2] if flagged else None,
                 "smallest": min(float(state[statistic] or 0) for state in found),
@@ -304,6 +305,12 @@ def detection(
             }
         )
     return rows
+
+
+def _flagged(found: Sequence[Mapping[str, Any]], groups: int) -> Interval:
+    """The share of streams that were flagged; where several are of one attack, they follow each other."""
+    hits = torch.tensor([state["flagged_at"] is not None for state in found]).view(groups, -1)
+    return clustered(hits.sum(1).tolist(), [hits.shape[1]] * groups, "streams")
 
 
 def _watched(detector: Detector, victim: ImageClassifier, images: Tensor) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from datamodules.classes import Classes
 from datamodules.datamodule import Source
 from datamodules.errors import bad
 from datamodules.imageset import fingerprint
-from datamodules.measures import Interval
+from datamodules.measures import Interval, clustered
 from datamodules.random import draw
 from datamodules.store import Store, load_tensors, save_tensors
 from experiments import rundir
@@ -372,7 +372,7 @@ def _rows(scene: Scene, batches: Sequence[Batch]) -> list[dict[str, Any]]:
 
 
 def _binned(scene: Scene, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """Success by relative feature distance, all β together."""
+    """Success by relative feature distance, all β together; a target's poisons at several β count as one cluster."""
     distance = torch.cat([batch.distance / scene.apart.cpu() for batch in batches])
     success = torch.cat([batch.outcome.success.cpu() for batch in batches])
     bins = torch.bucketize(distance, torch.tensor(DISTANCES[1:-1]), right=True)
@@ -387,13 +387,18 @@ def _binned(scene: Scene, batches: Sequence[Batch]) -> list[dict[str, Any]]:
             "trials": int(here.sum()),
             "bin": f"{DISTANCES[number]:g}–{DISTANCES[number + 1]:g}",
             "relative_distance": float(distance[here].median()),
-            "target_success": share(success[here]),
+            "target_success": _by_target(success, here, len(batches)),
         }
         if all(batch.judged is not None for batch in batches):
-            kept = torch.cat([_kept(scene, batch) for batch in batches])
-            row["clean_label"] = share(kept[here])
+            row["clean_label"] = _by_target(torch.cat([_kept(scene, batch) for batch in batches]), here, len(batches))
         rows.append(row)
     return rows
+
+
+def _by_target(hits: Tensor, counted: Tensor, scales: int) -> Interval:
+    """The share of some poisons, of each target one at each β: bool (S · T,) twice."""
+    found, cases = ((part.view(scales, -1).sum(0).tolist()) for part in (hits & counted, counted))
+    return clustered(found, cases, "poisons")
 
 
 def _kept(scene: Scene, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from classifiers.backbones import MLP
 from classifiers.classifier import ImageClassifier
+from datamodules.measures import wilson
 from datamodules.sources.digits import Digits
+from experiments.bulk import extraction_defences
 from experiments.bulk.extraction_defences import defended, detection, jacobian_stream
 from extraction.defences import PRADA
 from extraction.jacobian_augmentation import JacobianAugmentation, stepped
@@ -116,3 +119,13 @@ def test_an_attacker_who_knows_pays_and_the_honest_cost_is_that_of_what_is_serve
     assert rows["DAWN"]["honest_labels_changed"]["value"] == pytest.approx(0.5, abs=0.1)
     with refused("settings.lost.against = 'nois'"):
         run("lost")
+
+
+def test_the_keys_of_one_attack_are_no_attacks_of_their_own() -> None:
+    found = [{"flagged_at": at} for at in (5, 5, 5, 5, None, None, None, None)]
+    alone, alike = extraction_defences._flagged(found, 8), extraction_defences._flagged(found, 2)
+    assert (alone.n, alike.n, alike.unit) == (8, 8, "streams")
+    assert alone.value == alike.value == 0.5
+    assert alone == replace(wilson(4, 8), unit="streams")
+    assert alike.low < 0.05  # two attacks: one was seen, one was not
+    assert alike.high > 0.95

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from classifiers.backbones import MLP
 from classifiers.classifier import ImageClassifier
 from datamodules.errors import InputError
+from datamodules.measures import wilson
 from datamodules.sources.digits import Digits
 from experiments.bulk import poison_frogs
 from experiments.bulk.poison_frogs import one_shot
@@ -146,3 +148,14 @@ def test_what_is_wrong_is_said_in_one_line(
     with pytest.raises(InputError, match=says) as caught:
         one_shot(tmp_path, 0, **{**given, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_the_poisons_of_one_target_at_several_beta_are_no_targets_of_their_own() -> None:
+    hits, counted = torch.tensor([[1, 1, 0, 0]] * 3).bool().flatten(), torch.ones(12).bool()
+    found = poison_frogs._by_target(hits, counted, 3)
+    assert (found.value, found.n, found.unit) == (0.5, 12, "poisons")
+    least = wilson(2, 4)  # each target's three poisons do the same
+    assert found.low < least.low < least.high < found.high
+    once = counted.clone()
+    once[4:] = False
+    assert poison_frogs._by_target(hits, once, 3) == replace(least, unit="poisons")

@@ -307,6 +307,11 @@ def test_a_row_for_each_number_of_poisons(poisons: int, weights: str, tmp_path: 
     assert row["target_success"]["value"] == sum(int(each["success"]) for each in trials) / 3
     assert row["clean_accuracy"] == pytest.approx(sum(float(each["accuracy"]) for each in trials) / 3)
     assert row["clean_images"] == 60
+    assert row["poisoned_share"] == poisons / (60 + poisons)
+    assert row["target_success"]["unit"] == "targets"
+    accuracies = [float(each["accuracy"]) for each in trials]
+    assert row["worst_clean_drop"] == pytest.approx(row["clean_accuracy_before"] - min(accuracies))
+    assert row["poison"] == ("crafted" if poisons else "none")
     assert (tmp_path / "poisons.png").exists() == (poisons > 0)
     assert abs(row["clean_drop"]) < 0.1
     assert ("relative_distance" in row) == (poisons > 0)
@@ -347,6 +352,58 @@ def test_bases_are_blended_before_crafting_and_poisons_are_added(
         assert (labels[60:] == 5).all()
         assert torch.equal(images[60:], data.test_set.images_at(found[number : number + 1]).expand(8, -1, -1, -1))
         assert torch.equal(images[:60], trained[0][0][:60])
+
+
+CONTROLS = [(0, "bases as they are"), (0.5, "blended, not crafted"), (1, "the target itself")]
+
+
+@pytest.mark.parametrize(("opacity", "called"), CONTROLS)
+def test_controls_are_not_crafted(
+    opacity: float, called: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Tensor] = []
+
+    def noted(model: Any, images: Tensor, *_: Any) -> Any:
+        trained.append(images[60:])
+        return model.eval()
+
+    monkeypatch.setattr(one, "collide", None)
+    monkeypatch.setattr(one, "fine_tune", noted)
+    given = {"weights": weights, "judge": weights, "poisons": 4, "opacity": opacity, "crafted": False}
+    [row] = end_to_end(tmp_path, 0, **given, **END)
+    data = Digits()
+    data.setup()
+    network = load_classifier(weights)
+    targets, bases = one._choose(network, data.test_set, 3, 5, 3, 4, 0)
+    for number, images in enumerate(trained):
+        target, own = (data.test_set.images_at(rows).float() for rows in (targets[number : number + 1], bases[number]))
+        assert torch.equal(images, (own + opacity * (target - own)).round().to(torch.uint8))
+    assert row["poison"] == called
+    assert row["iterations_run"] == 0
+    assert 0 <= row["relative_distance"] <= 1.001
+    if opacity == 0:
+        assert row["relative_distance"] == pytest.approx(1)
+        assert row["clean_label"] == row["clean_label_of_bases"]
+    with torch.no_grad():
+        said = [network(images).argmax(1) == 5 for images in trained]
+    assert row["clean_label"]["value"] == pytest.approx(float(torch.cat(said).double().mean()))
+    assert (row["clean_label"]["n"], row["clean_label"]["unit"]) == (12, "poisons")
+    if opacity == 1:  # the network that chose the targets gets them right
+        assert row["clean_label"]["value"] == row["target_success"]["value"] == 0
+        assert row["relative_distance"] < 1e-5
+        assert row["clean_label"]["high"] > 0.5  # twelve poisons, and three targets
+
+
+def test_what_end_to_end_refuses(weights: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"weights": weights, "poisons": 1, "opacity": 0.3, **END}
+    with refused("opacity = 1.1", "from 0 to 1"):
+        end_to_end(tmp_path, 0, **{**given, "opacity": 1.1})
+    data = Digits()
+    data.setup()
+    two = ImageClassifier(partial(MLP, hidden=[4]), 2, data.image_shape, data.mean, data.std)
+    two.save(tmp_path / "two.safetensors")
+    with refused("judge", "2 classes", "10"):
+        end_to_end(tmp_path, 0, judge=str(tmp_path / "two.safetensors"), **given)
 
 
 def test_sources_are_read_from_yaml(tmp_path: Path) -> None:

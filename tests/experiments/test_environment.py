@@ -84,7 +84,9 @@ def test_the_printed_config_has_none_of_it(config: str, lightning: Command) -> N
     assert "oc.env" not in plain, "nothing stays of the config before"
 
 
-@pytest.mark.parametrize("key", ["data.init_args.target_label", "trainer.accumulate_grad_batches", "data.init_args.base.class_path"])
+@pytest.mark.parametrize(
+    "key", ["data.init_args.target_label", "trainer.accumulate_grad_batches", "data.init_args.base.class_path"]
+)
 def test_a_complaint_has_none_of_it(key: str, config: str, lightning: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "hunter2hunter2")
     top, *rest = key.split(".")
