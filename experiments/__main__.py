@@ -6,7 +6,6 @@ Lightning's own command line takes ten seconds.
 
 from __future__ import annotations
 
-import os
 import sys
 
 USAGE = """\
@@ -36,7 +35,8 @@ commands
   check-transcript
              judge what a verification wrote, without torch and without the model: 0 owned, 1 not, 2 could not decide
                                  lightning check-transcript FILE --key VK --nonce HEX [--begun FILE] [--model URL]
-  list       every attack, defence, datamodule, backbone, trigger and config
+  list       every attack, defence, datamodule, backbone, trigger and config, or those with some words
+                                 lightning list badnets digits
 
 options
   --config   a YAML file, or the name of a shipped one (lightning list); later ones win
@@ -54,7 +54,28 @@ COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 rejected (accept), 2 bad input, 143 terminated."""
+    from experiments import streams
+
     args = sys.argv[1:] if argv is None else argv
+    streams.prepare()
+    try:
+        code, wrong = _main(args), streams.finish()
+    except BrokenPipeError:  # `lightning list | head`
+        streams.lost()
+        code, wrong = 0, None
+    except UnicodeError as error:  # an argument in another encoding than this system's
+        code, wrong = 2, f"an argument cannot be read ({error})"
+    except OSError as error:
+        streams.lost()
+        why = error.strerror or error
+        code, wrong = 2, f"{error.filename}: {why}" if error.filename else f"what was to be printed cannot be: {why}"
+    if wrong is not None:
+        print(f"lightning {' '.join(args[:1])}: {wrong}", file=sys.stderr)
+        return code or 2
+    return code
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if args else 2
@@ -64,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pharmakon {version('pharmakon')}")
         return 0
     if args[0] == "list":
-        return _list()
+        return _list(args[1:])
     if args[0] not in COMMANDS:
         from datamodules.errors import did_you_mean
 
@@ -78,17 +99,18 @@ def main(argv: list[str] | None = None) -> int:
     return execute(args)
 
 
-def _list() -> int:
+def _list(words: list[str]) -> int:
     from pathlib import Path
 
     from experiments.catalogue import print_catalogue
     from experiments.registry import configs_folder
 
-    try:
-        print_catalogue(Path(__file__).resolve().parent.parent, configs_folder())
-        sys.stdout.flush()
-    except BrokenPipeError:  # `lightning list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if words[:1] and words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if not print_catalogue(Path(__file__).resolve().parent.parent, configs_folder(), words):
+        print(f"lightning list: nothing has {' and '.join(map(repr, words))} in its name or its line", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -45,8 +45,12 @@ def prepare(args: list[str]) -> Arguments:
     """
     prepared, name, resume = [args[0]], args[0], ""
     rest = iter(args[1:])
+    before = ""
     for arg in rest:
         key, equals, value = arg.partition("=")
+        if not arg.startswith("-") and (not before.startswith("--") or "=" in before):
+            raise _stray(arg)
+        before = arg if key not in ("--config", "-c", "--resume") else ""
         if key in ("--config", "-c"):
             found = find_config(value if equals else value_of(rest, key))
             prepared += ["--config", found]
@@ -65,6 +69,18 @@ def prepare(args: list[str]) -> Arguments:
         check_free(folder, "resume")  # at once; it is taken when all is parsed
     prepared = [args[0], "--config", str(config), *prepared[1:], f"--ckpt_path={last_checkpoint(folder)}"]
     return Arguments(prepared, folder.resolve().parent.name, folder)
+
+
+def _stray(word: str) -> InputError:
+    """The error for a word that is no option and no option's value."""
+    short = word.removeprefix("configs/").removesuffix(".yaml")
+    if (configs_folder() / f"{short}.yaml").is_file() or Path(word).is_file():
+        return InputError(f"{word}: a config is named by an option: --config {word}")
+    if "=" in word:
+        return InputError(f"{word}: an option begins with two dashes: --{word}")
+    known = [str(path.relative_to(configs_folder()).with_suffix("")) for path in configs_folder().rglob("*.yaml")]
+    hint = did_you_mean(word, known)
+    return InputError(f"{word}: there is no such option; write --KEY=VALUE, and name a config by --config NAME{hint}")
 
 
 def _run(resume: str) -> Path:

@@ -6,7 +6,7 @@ Read from the source files, without importing them, so that `lightning list` ans
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOTS = {
@@ -79,10 +79,22 @@ def _first_comment(path: Path) -> str:
     return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
-def print_catalogue(root: Path, configs: Path) -> None:
-    """Print it: by heading, the top-level configs apart from their parts."""
-    for heading, rows in catalogue(root, configs).items():
+def print_catalogue(root: Path, configs: Path, words: Sequence[str] = ()) -> bool:
+    """Print it, by heading; False if there is nothing to print.
+
+    Args:
+        root: See `catalogue`.
+        configs: See `catalogue`.
+        words: All of which are in what is printed, whatever their case; none: all is printed.
+    """
+    found = False
+    for heading, everything in catalogue(root, configs).items():
+        rows = [row for row in everything if all(word.lower() in " ".join(row).lower() for word in words)]
+        if not rows:
+            continue
+        found = True
         width = max((len(name) for name, _ in rows), default=0)
         print(f"\n{heading}")
         for name, line in rows:
             print(f"  {name:<{width}}  {line}")
+    return found

@@ -28,6 +28,8 @@ from experiments import environment, rundir
 from experiments.arguments import last_checkpoint, prepare
 from experiments.checkpoints import check_checkpoint
 from experiments.complaints import input_error, one_line
+from experiments.documents import check_yaml, read_yaml
+from experiments.foreign import blamed, check_nulls, out_of_memory
 from experiments.memory import keep_freed_memory
 from experiments.parts import callbacks_of, plugins_of
 from experiments.record import Record, print_table
@@ -46,7 +48,12 @@ def _find_shipped(value: Any) -> Any:
         return {key: _find_shipped(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_find_shipped(part) for part in value]
-    return shipped(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    found = shipped(value)
+    if found.endswith(".yaml") and Path(found).is_file():  # a part, named here with its path
+        read_yaml(Path(found), Path(found).stem)
+    return found
 
 
 def _read_yaml_our_way() -> None:
@@ -58,7 +65,12 @@ def _read_yaml_our_way() -> None:
     first.add_argument("--key")
     first.parse_string("key: value")  # the mode's own loader is there after its first use
     load = get_loader(MODE)
-    set_loader(MODE, lambda text: _find_shipped(load(text)), (yaml.YAMLError,))
+
+    def read(text: str) -> Any:
+        check_yaml(text)
+        return _find_shipped(load(text))
+
+    set_loader(MODE, read, (yaml.YAMLError,))
 
 
 _read_yaml_our_way()
@@ -177,6 +189,8 @@ class CommandLine(LightningCLI):
             if value is not None and not value >= least:
                 raise bad(f"trainer.{key}", value, f"it must be {least} or more")
         check_classes(config, ())
+        check_nulls(config.model, "model", LINKED)
+        check_nulls(config.data, "data")
         dump = self.parser_of(self.subcommand).resolved(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
         self.resolved = {key: content[key] for key in KEPT}
@@ -252,6 +266,13 @@ class CommandLine(LightningCLI):
         try:
             super()._run_subcommand(str(self.subcommand))
             failed = False
+        except (MemoryError, RuntimeError) as error:
+            what = out_of_memory(error)
+            if what is None:
+                raise
+            loading = self.datamodule.loading
+            sizes = f"batch_size (now {loading.batch_size}) or eval_batch_size (now {loading.eval_batch_size})"
+            raise InputError(f"{what}: lower {sizes} of the data, or choose a smaller network") from error
         finally:
             try:
                 for logger in self.trainer.loggers:
@@ -377,8 +398,13 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
             raise InputError(" ".join(str(error).split())) from error
         if isinstance(error, ValueError | RuntimeError) and str(error).strip().startswith(REFUSALS):
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        if (what := out_of_memory(_root_of(error))) is not None:
+            text = f"{what} before anything was run: choose a smaller network or smaller images"
+            raise InputError(text) from error
         if "Does not validate against any" in str(error):  # in a constructor, and not of our making
             raise _root_of(error) from None
+        if (blame := blamed(_root_of(error))) is not None:
+            raise blame from error
         raise
 
 

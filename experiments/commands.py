@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -48,11 +49,10 @@ def _execute(args: list[str]) -> int:
     except InputError as error:
         print(redact(f"lightning {command}: {error}"), file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"lightning {command}: {error.filename or 'the disk'}: {error.strerror}; free space", file=sys.stderr)
-        return 2
+    except BrokenPipeError:
+        raise
+    except (Exception, RecursionError, MemoryError) as error:
+        return _unforeseen(command, error)
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
@@ -63,6 +63,23 @@ def _execute(args: list[str]) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way of ending on Ctrl-C
             return 130
         raise
+
+
+def _unforeseen(command: str, error: Exception) -> int:
+    """Tell in one line of an error that nobody foresaw: of the system, of a library, of one's own code, of ours.
+
+    Who has `PHARMAKON_TRACEBACK` set, or has code of his own on the way to it, gets Python's traceback.
+    """
+    from experiments.foreign import unforeseen
+
+    if isinstance(error, OSError) and error.filename2 is None and error.errno is not None:
+        more = "; free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"lightning {command}: {error.filename or 'the system'}: {error.strerror}{more}", file=sys.stderr)
+        return 2
+    if "PHARMAKON_TRACEBACK" in os.environ:
+        raise error
+    print(f"lightning {command}: {unforeseen(error)}", file=sys.stderr)
+    return 1
 
 
 def _action(command: str) -> Callable[[list[str]], int]:

@@ -171,7 +171,7 @@ class Record(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is known of the figures already; remember the weights; let no Ctrl-C be lost.
+        """Remember the weights; let no Ctrl-C be lost.
 
         Of several processes, each only takes note of a SIGTERM.
 
@@ -180,8 +180,6 @@ class Record(Callback):
         and hangs if they are not at the same one.
         """
         self._begun = notes.sums(pl_module)
-        for note in self._told if self.show and not self._trained else ():
-            print(f"note: {note}")
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

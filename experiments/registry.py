@@ -62,11 +62,14 @@ def shipped(value: str) -> str:
 
 
 def _check(path: Path) -> None:
-    import yaml
+    from experiments.documents import read_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise bad("config", str(path), f"it cannot be read as YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(path)
+    if isinstance(content, dict) and "class_path" in content:
+        name = path.parent.name if path.parent.name in ("model", "data") else "data"
+        part = str(path.relative_to(configs_folder())) if path.is_relative_to(configs_folder()) else str(path)
+        raise bad(
+            "config", str(path), f"there is no such key as class_path in a config; it is a part of one: --{name}={part}"
+        )
     if not isinstance(content, dict):
         raise bad("config", str(path), "keys are expected, such as trainer, model and data")

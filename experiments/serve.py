@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules.errors import InputError, bad
 from experiments.arguments import options, whole
+from experiments.documents import read_yaml
 from experiments.registry import find_config
 
 OPTIONS = (
@@ -129,7 +128,7 @@ def _oracle(given: dict[str, str]) -> Any:
 
     section: dict[str, Any] = {"class_path": "LocalOracle", "init_args": {}}
     if "config" in given:
-        whole = yaml.safe_load(Path(find_config(given["config"])).read_text(encoding="utf-8"))
+        whole = read_yaml(Path(find_config(given["config"])))
         data = whole.get("data")
         inner = (data.get("init_args") or {}).get("oracle") if isinstance(data, dict) else None
         named = whole.get("oracle") or inner

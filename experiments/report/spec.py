@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from datamodules.errors import InputError, bad, did_you_mean
+from experiments.documents import check_yaml
 
 KINDS = ("line", "bars", "points", "heatmap")
 SCALES = ("linear", "log")
@@ -191,6 +192,7 @@ def read_study(folder: Path) -> tuple[StudySpec, str]:
     path = folder / "study.yaml"
     try:
         text = path.read_text(encoding="utf-8")
+        check_yaml(text, str(path))
         content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise InputError(

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from datamodules.errors import InputError, bad, did_you_mean
+from experiments.documents import check_yaml
 from experiments.registry import configs_folder, find_config
 
 Value = Any
@@ -102,6 +103,7 @@ def read_study(path: Path, size: str | None = None) -> Study:
     """
     text = path.read_text(encoding="utf-8")
     try:
+        check_yaml(text, str(path))
         spec = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not a YAML ({' '.join(str(error).split())})") from error
