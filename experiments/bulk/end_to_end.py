@@ -33,8 +33,8 @@ from datamodules.imageset import ImageSet
 from datamodules.measures import clustered, wilson
 from datamodules.random import derive, generator
 from experiments.registry import configs_folder, import_all
+from poisoning.collision import Collision, blend, collide, default_beta
 from poisoning.extractor import feature_size, features_in_parts, load_extractor
-from poisoning.feature_collision import Collision, blend, collide, default_beta
 from poisoning.targets import rounded
 
 

@@ -30,8 +30,9 @@ from datamodules.random import draw
 from datamodules.store import Store, load_tensors, save_tensors
 from experiments import rundir
 from experiments.registry import configs_folder, import_all
+from poisoning.collision import CRAFTING, Collision, collide, default_beta
 from poisoning.extractor import extractor_hash, feature_size, features_in_parts, load_extractor
-from poisoning.feature_collision import CRAFTING, Collision, collide, default_beta, unseen
+from poisoning.feature_collision import unseen
 from poisoning.one_shot import (
     Outcome,
     Pairs,

@@ -35,8 +35,8 @@ from experiments.pictures import source_of
 from experiments.registry import find_config
 from experiments.studies.resolve import resolve
 from poisoning.bullseye_polytope import centre
+from poisoning.collision import collide
 from poisoning.extractor import features_in_parts, load_extractor
-from poisoning.feature_collision import collide
 from poisoning.gradient_matching import match
 from poisoning.targets import in_place
 

@@ -29,8 +29,8 @@ from classifiers.classifier import ImageClassifier
 from datamodules.classes import Classes
 from datamodules.sources.mnist import MNIST
 from experiments.memory import keep_freed_memory
+from poisoning.collision import collide, default_beta
 from poisoning.extractor import feature_size, load_extractor
-from poisoning.feature_collision import collide, default_beta
 
 try:
     from art.attacks.poisoning import FeatureCollisionAttack

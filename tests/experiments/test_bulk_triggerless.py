@@ -20,7 +20,7 @@ from experiments.bulk import end_to_end as one
 from experiments.bulk import triggerless as many
 from experiments.bulk.end_to_end import end_to_end, fine_tune, read_source
 from experiments.bulk.triggerless import ATTACKS, Headed, craft, draw_trials, from_scratch, transfer
-from poisoning.feature_collision import Collision
+from poisoning.collision import Collision
 from tests.helpers import mlp, refused
 
 QUICK = {
