@@ -19,7 +19,7 @@ Deviations from the paper and from the authors' code (github.com/ashafahi/incept
   checked, and called the objective here, is what these steps minimise: ‖f(x) − f(t)‖² + β/2 · ‖x − b‖².
 * By default poisons are crafted by Adam, not by the published step, which on features of a network that was really
   trained stops three quarters of the way from the target; ``rule: forward_backward`` is the published one. How each
-  rule works, and where ours deviate, is told in `poisoning.collision`.
+  rule works, and where ours deviate, is told in `poisoning.descent`.
 * Bases are drawn at random, or are the nearest ones in feature space, which is what the code falls back on; it tries
   bases of its authors' choice first.
 * An optional bound ε on each pixel is not in the paper. It is a ball round the base *as blended* with the target, so
@@ -47,7 +47,8 @@ from datamodules.random import generator
 from datamodules.rewrite import Rewrite
 from datamodules.store import Store, load_tensors, save_tensors
 from poisoning.choosing import check_label
-from poisoning.collision import CRAFTING, RuleName, blend, check_numbers, collide, default_beta
+from poisoning.collision import CRAFTING, blend, check_numbers, collide, default_beta
+from poisoning.descent import RuleName
 from poisoning.extractor import extractor_hash, feature_size, features_in_parts, load_extractor, make_extractor
 from poisoning.targets import check_epsilon
 
@@ -94,7 +95,7 @@ class FeatureCollision(Rewrite):
         choose: ``random`` bases, drawn by `seed`, or the ``nearest`` ones to the target in feature space.
         beta: β, for pixels in [0, 1]; None: `default_beta`.
         iterations: The most evaluations of each poison.
-        rule: How poisons are crafted, see `poisoning.collision`; ``forward_backward`` is the published way.
+        rule: How poisons are crafted, see `poisoning.descent`; ``forward_backward`` is the published way.
         step: The first step, in the units of the rule; None: its own.
         tolerance: See `collide`.
         opacity: Of the target, blended into the bases before crafting, in [0, 1); the paper's end-to-end attack has 0.2

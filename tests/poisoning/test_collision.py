@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from classifiers.backbones import SmallCNN
 from datamodules.sources.digits import Digits
-from poisoning.collision import RULES, Collision, RuleName, blend, collide, default_beta
+from poisoning.collision import Collision, blend, collide, default_beta
+from poisoning.descent import RULES, RuleName
 from tests.helpers import global_randomness_untouched, mlp, refused
 
 Features = Callable[[Tensor], Tensor]
