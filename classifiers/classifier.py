@@ -26,7 +26,7 @@ from torchmetrics import Metric
 
 from classifiers.backbones.backbone import Backbone, features_of, last_layer, named_backbone
 from classifiers.torch_files import check_torch
-from classifiers.weights import Architecture, load_weights, save_weights
+from classifiers.weights import Architecture, load_weights, save_weights, unwrapped
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import Batch, labelled
@@ -462,6 +462,8 @@ class ImageClassifier(LightningModule):
         """
         tensors, architecture = load_weights(path)
         own = self.net.state_dict()
+        if not set(own) & set(tensors):
+            tensors = {unwrapped(name): value for name, value in tensors.items()}
         if new_head:
             last_layer(self.net).reset_parameters()
             head = {id(tensor) for tensor in last_layer(self.net).parameters()}

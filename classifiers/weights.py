@@ -166,11 +166,19 @@ def _load_checkpoint(path: Path) -> dict[str, Tensor]:
     state = load_checkpoint(path).get("state_dict")
     if not isinstance(state, dict):
         raise InputError(f"weights = {str(path)!r}: a checkpoint without a state_dict")
+    named = {unwrapped(name): tensor for name, tensor in state.items() if isinstance(name, str)}
     return {
         name.removeprefix("net."): tensor
-        for name, tensor in state.items()
-        if isinstance(name, str) and name.startswith("net.") and isinstance(tensor, Tensor)
+        for name, tensor in named.items()
+        if name.startswith("net.") and isinstance(tensor, Tensor)
     }
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wraps the whole module: ``module`` of DDP, ``_orig_mod`` of `torch.compile`."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

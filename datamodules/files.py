@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise unwritable(path, error) from error
@@ -23,11 +24,27 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        _sync(folder)
     finally:
         os.close(folder)
 
 
+def _sync(number: int) -> None:
+    """Have the system write to the disk what it was given; some file systems have no such thing, and say so."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def unwritable(path: Path, error: OSError) -> InputError:
     """What to raise where a file cannot be written: one line, with the remedy."""
-    return InputError(f"{path}: cannot be written ({error.strerror or error}): free space, or choose another folder")
+    remedies = {
+        errno.ENOSPC: "free space, or choose another folder",
+        errno.EDQUOT: "free space of your quota, or choose another folder",
+        errno.EFBIG: "it is larger than a file may be (ulimit -f): raise that, free space, or choose another folder",
+        errno.EIO: "the disk fails; choose another folder",
+    }
+    remedy = remedies.get(error.errno or 0, "choose a folder that you may write to")
+    return InputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}")

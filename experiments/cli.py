@@ -36,7 +36,7 @@ from experiments.record import Record, print_table
 from experiments.registry import configs_folder, import_all, shipped
 from experiments.runlock import RunLock
 from experiments.seeds import chosen_seed
-from experiments.wandb_logger import Wandb
+from experiments.wandb_logger import Wandb, current_run, finish_foreign
 
 MODE = "omegaconf+"
 """How the parser reads YAML: OmegaConf's interpolations, over all configs together."""
@@ -262,7 +262,7 @@ class CommandLine(LightningCLI):
 
     def execute(self) -> None:
         """Run the command whose objects were made."""
-        failed = True
+        failed, before = True, current_run()
         try:
             super()._run_subcommand(str(self.subcommand))
             failed = False
@@ -278,6 +278,8 @@ class CommandLine(LightningCLI):
                 for logger in self.trainer.loggers:
                     if isinstance(logger, Wandb):
                         logger.finish(failed)
+                    else:
+                        finish_foreign(logger, before, failed)
             finally:
                 self.lock.release()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -119,6 +120,24 @@ class Wandb(WandbLogger):
         content["measures"] = table
         with _staging_in(Path(self._save_dir or ".") / "wandb"):
             run.log(content)
+
+
+def current_run() -> Any:
+    """W&B's run of this process, such as a notebook's; None without one."""
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+def finish_foreign(logger: Logger, before: Any, failed: bool) -> None:
+    """End the run of Lightning's own logger: the next one in this process would go on in it.
+
+    Args:
+        logger: Any.
+        before: The process's run before this one began, which stays open.
+        failed: How it ended.
+    """
+    run = getattr(logger, "_experiment", None)
+    if isinstance(logger, WandbLogger) and run is not None and run is not before and hasattr(run, "finish"):
+        run.finish(exit_code=int(failed))
 
 
 @contextmanager

@@ -168,17 +168,48 @@ class ForeignFunction(ForeignVictim):
             mean, std = (torch.tensor(part)[:, None, None] for part in (self.mean, self.std))
             images = (images.float() / 255 - mean) / std
         found = torch.as_tensor(self.function(images))
-        if found.shape != (len(images), self.num_classes) or not bool(torch.isfinite(found).all()):
+        expected = (len(images), self.num_classes)
+        if found.shape != expected:
+            remedy = ""
+            if found.ndim in (1, 2) and len(found) == len(images):
+                remedy = "; of labels alone or of the likeliest classes, return rows that are 0 for all other classes"
             raise InputError(
-                f"{self.name}: the function returned {tuple(found.shape)} for {len(images)} images, or what is no "
-                f"number; finite {self.returns} ({len(images)}, {self.num_classes}) are expected"
+                f"{self.name}: the function returned {tuple(found.shape)} for {len(images)} images; {self.returns} "
+                f"{expected} are expected{remedy}"
             )
+        if not bool(torch.isfinite(found).all()):
+            raise InputError(f"{self.name}: the function returned what is no number; {self.returns} are finite")
         if self.returns == "logits":
             return found
-        scores = found.double()  # of which the logarithm is taken and then the softmax, which gives them back
-        if float(scores.min()) < 0 or float((scores.sum(1) - 1).abs().max()) > 1e-3:
-            raise InputError(f"{self.name}: the function returned rows that are no probabilities; set returns: logits?")
-        return scores.log()
+        return probabilities(found.double(), self.name).log()  # the softmax of which gives them back
+
+
+def probabilities(scores: Tensor, name: str) -> Tensor:
+    """Scores as probabilities that sum to 1, as they do to 1e-3, or to what rounding each of them leaves.
+
+    Args:
+        scores: float64 (N, K).
+        name: Of what returned them, for the error.
+
+    Raises:
+        InputError: If they are none.
+    """
+    sums = scores.sum(1)
+    if float(scores.min()) < 0:
+        what = "rows that are no probabilities: some are below 0; set returns: logits?"
+        raise InputError(f"{name}: the function returned {what}")
+    off = float((sums - 1).abs().max())
+    if off <= 1e-3:
+        return scores
+    for digits in (1, 2, 3):  # as many as the interface shows
+        rounded = bool(((scores - scores.round(decimals=digits)).abs() < 1e-6).all())
+        if rounded and off <= 0.5 * 10**-digits * scores.shape[1] and float(sums.min()) > 0:
+            return scores / sums[:, None]
+    at = int((sums - 1).abs().argmax())
+    raise InputError(
+        f"{name}: the function returned rows that are no probabilities: one sums to {float(sums[at]):.4g}; return all "
+        f"{scores.shape[1]} of them, divided by their sum"
+    )
 
 
 class ForeignOracle(InProcessOracle):

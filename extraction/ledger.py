@@ -113,7 +113,7 @@ class Entry:
             (self._client, after),
         )
         for number, seen in rows:
-            yield Seen(int(number), bytes(seen))
+            yield Seen(int(number), bytes(seen) if isinstance(seen, bytes) else b"")
 
 
 class Refused(InputError):
@@ -158,8 +158,8 @@ class Ledger:
             if version == 2:
                 with suppress(PermissionError):  # it may be another user's
                     self.path.chmod(0o600)
-        except (OSError, sqlite3.DatabaseError) as error:
-            raise bad("ledger", str(path), f"not a ledger ({error}); give another file") from error
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
 
     @contextmanager
     def request(self, client: str, request: str, contents: list[bytes]) -> Iterator[Entry]:
@@ -236,13 +236,18 @@ class Ledger:
         """How many queries a client had been charged before the request that had it flagged; None: it is not."""
         with self._open() as connection:
             row = connection.execute("SELECT at FROM flags WHERE client = ?", (client,)).fetchone()
-        return None if row is None else int(row[0])
+        return None if row is None else self._number(row[0])
 
     def state(self, client: str) -> State:
         """What a detector said of a client, whichever process it was in; empty where none has seen it."""
         with self._open() as connection:
             row = connection.execute("SELECT state FROM clients WHERE client = ?", (client,)).fetchone()
-        found: State = {} if row is None or row[0] is None else json.loads(row[0])
+        if row is None or row[0] is None:
+            return {}
+        try:
+            found: State = dict(json.loads(row[0]))
+        except (TypeError, ValueError) as error:
+            raise self._unusable(error) from error
         return found
 
     def answered(self, client: str, request: str) -> bool:
@@ -259,7 +264,7 @@ class Ledger:
             row = connection.execute(
                 "SELECT COALESCE(SUM(queries), 0) FROM requests WHERE client = ? AND at >= ?", (client, moment)
             ).fetchone()
-        return int(row[0])
+        return self._number(row[0])
 
     def _budget(self, client: str) -> int | None:
         return self.limits.get(client, self.budget)
@@ -279,9 +284,9 @@ class Ledger:
             number, content, first, answer, digest = known
             if content != whole:
                 raise bad("request", request, "this id was used for other images; give each request its own")
-            if answer is not None and hashlib.sha256(answer).hexdigest() != digest:
+            if answer is not None and (not isinstance(answer, bytes) or hashlib.sha256(answer).hexdigest() != digest):
                 raise bad("ledger", str(self.path), f"the answer to {request!r} is damaged; delete the file")
-            return Entry(connection, client, int(number), int(first), answer), False
+            return Entry(connection, client, self._number(number), self._number(first), answer), False
         account = self._account(connection, client)
         spent = account.queries
         self._refuse("budget", "queries", self._budget(client), spent, len(contents))
@@ -307,12 +312,16 @@ class Ledger:
                 f"ask for {max(0, most - spent)} or fewer, or raise {field}"
             )
 
-    @staticmethod
-    def _account(connection: sqlite3.Connection, client: str) -> Account:
+    def _account(self, connection: sqlite3.Connection, client: str) -> Account:
         row = connection.execute(
             "SELECT queries, samples, requests, cost FROM clients WHERE client = ?", (client,)
         ).fetchone()
-        return Account(0, 0, 0, 0.0) if row is None else Account(*row)
+        if row is None:
+            return Account(0, 0, 0, 0.0)
+        if not isinstance(row[3], float):
+            raise self._unusable(ValueError(f"{row[3]!r:.40} where a cost was written"))
+        queries, samples, requests = map(self._number, row[:3])
+        return Account(queries, samples, requests, row[3])
 
     @staticmethod
     def _add(
@@ -334,16 +343,42 @@ class Ledger:
         )
 
     @contextmanager
+    def _sound(self) -> Iterator[None]:
+        """Tell of a file that SQLite cannot use, and of one whose content is not what was written, in one line."""
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> InputError:
+        text = str(error)
+        if isinstance(error, PermissionError) or "unable to open" in text or "readonly" in text:
+            return bad("ledger", str(self.path), f"this user may not write to it or to its folder ({error})")
+        if "full" in text:
+            return bad("ledger", str(self.path), f"the disk is full ({error}); free space")
+        return bad("ledger", str(self.path), f"not a ledger, or a damaged one ({error}); give another file")
+
+    def _number(self, value: object) -> int:
+        """A whole number that was written as one; SQLite hands on whatever a damaged page holds."""
+        if not isinstance(value, int):
+            raise self._unusable(ValueError(f"{value!r:.40} where a number was written"))
+        return value
+
+    @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection whose transaction is committed at the end, or undone by an exception; safe after a kill."""
         # a transaction takes as long as the model does: others wait for it, an hour if need be
-        with closing(sqlite3.connect(self.path, timeout=3600, isolation_level=None)) as connection:
+        with (
+            self._sound(),
+            closing(sqlite3.connect(self.path, timeout=3600, isolation_level=None)) as connection,
+        ):
             connection.execute("PRAGMA synchronous = FULL")
             try:
                 yield connection
             except BaseException:
                 if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                    with suppress(sqlite3.DatabaseError):
+                        connection.execute("ROLLBACK")
                 raise
             if connection.in_transaction:
                 connection.execute("COMMIT")

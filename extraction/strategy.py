@@ -156,7 +156,9 @@ class Extraction(Rewrite):
         """
         if tuple(pool.image_shape) != tuple(self.base.image_shape):
             shapes = ["×".join(map(str, part.image_shape)) for part in (pool, self.base)]
-            raise InputError(f"{field}: its images are {shapes[0]} and the victim takes {shapes[1]}; choose another")
+            square = len(set(self.base.image_shape[1:])) == 1 and pool.image_shape[0] == self.base.image_shape[0]
+            remedy = f"wrap it in Resized(size: {self.base.image_shape[1]})" if square else "choose another"
+            raise InputError(f"{field}: its images are {shapes[0]} and the victim takes {shapes[1]}; {remedy}")
 
     def ask(self, images: ImageSet, client: str, name: str) -> Answers:
         """The oracle's answers to all images, from the store as far as they are there.

@@ -200,6 +200,15 @@ def test_a_notebooks_own_run_stays_open(lightning: Command, tmp_path: Path) -> N
         assert wandb.run is mine
 
 
+def test_runs_of_one_process_with_lightnings_own_logger_are_runs_of_their_own(lightning: Command) -> None:
+    options = ("--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline=true")
+    for _ in range(2):
+        done = lightning("fit", LINE, *ONE_EPOCH, *options, "--trainer.logger.save_dir={run}")
+        assert done.code == 0, done
+        assert wandb.run is None
+    assert len({stored(folder).run.run_id for folder in runs()}) == 2
+
+
 def test_says_once_that_it_is_offline(lightning: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: list[str] = []
     monkeypatch.delenv("WANDB_MODE")

@@ -16,7 +16,7 @@ from torch import Tensor
 from classifiers.backbones import MLP, TorchVision
 from datamodules.sources.digits import Digits
 from extraction.defences import PRADA, Rounding
-from extraction.foreign import ForeignFunction, ForeignNetwork, ForeignOracle, ForeignVictim
+from extraction.foreign import ForeignFunction, ForeignNetwork, ForeignOracle, ForeignVictim, probabilities
 from extraction.knockoff_nets import KnockoffNets
 from extraction.ledger import BudgetError, Ledger
 from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
@@ -209,13 +209,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "returns", "words"),
     [
-        (lambda images: logits_of(images)[:, :9], "logits", "(256, 9) for 256 images"),
-        (lambda images: logits_of(images) / 0, "logits", "no number"),
-        (logits_of, "scores", "no probabilities"),
+        (lambda images: logits_of(images)[:, :9], "logits", ["(256, 9) for 256 images"]),
+        (lambda images: logits_of(images) / 0, "logits", ["no number"]),
+        (logits_of, "scores", ["no probabilities: some are below 0; set returns: logits?"]),
+        (lambda images: 3 * array_of_scores(images), "scores", ["one sums to 3; return all 10 of them"]),
+        (lambda images: torch.zeros(len(images), 10), "scores", ["one sums to 0; return all 10"]),
+        (lambda images: logits_of(images).argmax(1), "scores", ["(256,) for 256 images", "0 for all other classes"]),
+        (lambda images: logits_of(images).topk(3).values, "scores", ["(256, 3)", "0 for all other classes"]),
     ],
 )
-def test_a_function_that_returns_something_else_costs_nothing(answer: Any, returns: str, words: str) -> None:
+def test_a_function_that_returns_something_else_costs_nothing(answer: Any, returns: str, words: list[str]) -> None:
     client = ForeignOracle(function(answer, returns=returns)).client("ann")
-    with refused("line 1", words):
+    with refused("line 1", *words):
         client.query(torch.ones(3, *SHAPE, dtype=torch.uint8))
     assert client.account.queries == 0
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_scores_that_an_interface_rounds_are_taken_for_what_they_are(digits: int) -> None:
+    exact = torch.as_tensor(array_of_scores(torch.arange(4 * 64).view(4, *SHAPE).to(torch.uint8))).double()
+    rounded = exact.round(decimals=digits)
+    found = probabilities(rounded, "line 1")
+    assert torch.allclose(found.sum(1), torch.ones(4, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(found, rounded, atol=0.5 * 10**-digits * 10)
+    assert torch.equal(found == 0, rounded == 0)
+    with refused("line 1", "no probabilities"):
+        probabilities(rounded * 1.7, "line 1")

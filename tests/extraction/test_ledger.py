@@ -13,8 +13,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from datamodules.errors import InputError
 from extraction.ledger import Account, BudgetError, Ledger
 from tests.helpers import refused
 
@@ -177,3 +179,61 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database, but long enough to be taken for one " * 40)
     with refused("ledger = ", "not a ledger"):
         Ledger(tmp_path / "text")
+
+
+def test_damaged_pages_are_one_line(tmp_path: Path) -> None:
+    """Flips of a few bits anywhere: every call gives what was written, or one line that names the file."""
+    whole = Ledger(tmp_path / "whole", budget=1000)
+    for number in range(40):
+        contents = [bytes([number, part]) * 16 for part in range(3)]
+        with whole.request(f"client {number % 3}", f"request {number}", contents) as entry:
+            entry.answer, entry.seen, entry.state = bytes(range(200)), bytes(50), {"a": 1}
+            entry.flagged = number == 7
+    data, draw = (tmp_path / "whole").read_bytes(), np.random.default_rng(0)
+    said: list[str] = []
+    for number in range(80):
+        path, damaged = tmp_path / f"{number}", bytearray(data)
+        places = draw.integers(0, len(data), 8) if number % 2 else draw.integers(0, 2048, 2)  # the tables, at the front
+        for place in places:
+            damaged[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(damaged)
+        try:
+            use(Ledger(path, budget=1000))
+        except InputError as error:
+            said.append(str(error))
+    assert len(said) > 10
+    assert all("ledger = " in text or "request = " in text for text in said), said
+    assert not any("\n" in text for text in said)
+
+
+def use(ledger: Ledger) -> None:
+    for client in ledger.clients():
+        ledger.account(client)
+        ledger.left(client)
+        ledger.flagged_at(client)
+        ledger.state(client)
+        ledger.since(client, 0.0)
+    with ledger.request("client 0", "request 0", [bytes([0, part]) * 16 for part in range(3)]) as entry:
+        assert entry.answer in (bytes(range(200)), None), "as it was written, or a request that is not known"
+    ledger.charge("client 1", "a new one", [b"another image"])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied"), "may not write"),
+        (sqlite3.OperationalError("unable to open database file"), "may not write"),
+        (sqlite3.OperationalError("attempt to write a readonly database"), "may not write"),
+        (sqlite3.OperationalError("database or disk is full"), "free space"),
+        (sqlite3.DatabaseError("file is not a database"), "not a ledger"),
+    ],
+)
+def test_what_is_wrong_with_the_file_is_told_apart(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("extraction.ledger.sqlite3.connect", fail)
+    with refused("ledger", str(tmp_path / "x"), words):
+        Ledger(tmp_path / "x")
