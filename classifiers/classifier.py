@@ -29,6 +29,7 @@ from classifiers.torch_files import check_torch
 from classifiers.weights import Architecture, load_weights, save_weights, unwrapped
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
+from datamodules.files import full_path
 from datamodules.imageset import Batch, labelled
 from datamodules.measures import TEST_IMAGES, Evaluation, Hits, Interval, Range, answered, wilson
 from datamodules.random import derive
@@ -444,8 +445,9 @@ class ImageClassifier(LightningModule):
         Raises:
             InputError: If the file was altered or truncated.
         """
-        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
-            check_torch(Path(checkpoint_path))
+        if isinstance(checkpoint_path, str | Path) and full_path(checkpoint_path).is_file():
+            checkpoint_path = full_path(checkpoint_path)
+            check_torch(checkpoint_path)
         found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return found
 
@@ -495,7 +497,7 @@ class ImageClassifier(LightningModule):
 
     def save(self, path: str | Path) -> str:
         """Write a weights file, from which `load_classifier` rebuilds this; its content hash."""
-        return save_weights(Path(path), self.net.state_dict(), self.architecture)
+        return save_weights(full_path(path), self.net.state_dict(), self.architecture)
 
 
 def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -> ImageClassifier:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from classifiers.torch_files import read_torch
 from datamodules.errors import InputError
-from datamodules.files import unwritable
+from datamodules.files import full_path, unwritable
 from datamodules.imageset import fingerprint
 from datamodules.store import save_tensors
 
@@ -97,7 +97,7 @@ def find_weights(path: str | Path) -> Path:
         raise InputError(
             f"weights = {str(path)!r}: a file of this machine is expected; download it, and check who made it"
         )
-    path = Path(path)
+    path = full_path(path)
     if path.is_file():
         return path
     for found in (path / WEIGHTS, *sorted(path.glob(f"*/{WEIGHTS}"), reverse=True)):  # runs are named by their time

@@ -10,7 +10,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from datamodules.augment import Augmentation
 from datamodules.errors import InputError, bad
+from datamodules.files import full_path
 from datamodules.imageset import Batch, ImageSet
 from datamodules.loading import Batches, EvaluationBatches, Loader, Passes, TrainBatches
 from datamodules.measures import Evaluation, Measure, Numbered
@@ -259,7 +259,7 @@ class Source(ImageDataModule):
             raise bad("val_fraction", val_fraction, "the share held out must be in [0, 1)")
         if resident and num_workers:
             raise bad("num_workers", num_workers, "a resident set has no worker processes; set it to 0")
-        self.data_dir = Path(data_dir or os.environ.get("PHARMAKON_DATA") or "data")
+        self.data_dir = full_path(data_dir or os.environ.get("PHARMAKON_DATA") or "data")
         self.val_fraction = val_fraction
         self.augmentation = augment
         self.split_seed = split_seed

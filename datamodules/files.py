@@ -9,6 +9,23 @@ from pathlib import Path
 from datamodules.errors import InputError
 
 
+def full_path(path: str | Path) -> Path:
+    """A path as a person gives it, made whole: ``~``, ``~name`` and a leading ``$HOME`` are folders, never names.
+
+    Every path of a configuration or a command goes through here once, where it enters. A relative one stays relative
+    to the working directory.
+    """
+    return Path(at_home(str(path)))
+
+
+def at_home(text: str) -> str:
+    """The text with its home folder looked up, if it is a path that begins with one; any other text as it is."""
+    for variable in ("$HOME", "${HOME}"):
+        if text == variable or text.startswith(f"{variable}/"):
+            text = f"~{text.removeprefix(variable)}"
+    return os.path.expanduser(text)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write next to the target, fsync, rename, fsync the folder: the file is the old one or the new one, never half."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

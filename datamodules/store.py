@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.errors import InputError
+from datamodules.files import full_path
 
 FORMAT = 1
 """Of the entries; a change of it makes every older entry one that is not found."""
@@ -51,7 +52,7 @@ class Store:
     """
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.root = (_default_root() if root is None else Path(root)).expanduser().absolute()
+        self.root = full_path(_default_root() if root is None else root).absolute()
 
     def folder(self, kind: str, key: Mapping[str, object]) -> Path:
         """Where the entry is, or would be.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import at_home
 from experiments.registry import configs_folder, find_config, shipped
 from experiments.runlock import check_free
 
@@ -44,7 +45,7 @@ def prepare(args: list[str]) -> Arguments:
         InputError: If a config or a run is not there, or a config is no YAML.
     """
     prepared, name, resume = [args[0]], args[0], ""
-    rest = iter(args[1:])
+    rest = iter(made_whole(args[1:]))
     before = ""
     for arg in rest:
         key, equals, value = arg.partition("=")
@@ -94,6 +95,12 @@ def _run(resume: str) -> Path:
         if (found / "config.yaml").is_file():
             return found
     raise bad("resume", resume, "there is no config.yaml in it; give the folder of a run")
+
+
+def made_whole(args: Sequence[str]) -> list[str]:
+    """Arguments in which paths that begin with the home folder are whole: the shell leaves ``--out=~/x`` as it is."""
+    split = (arg.partition("=") if arg.startswith("-") else ("", "", arg) for arg in args)
+    return [f"{key}{equals}{at_home(value)}" for key, equals, value in split]
 
 
 def value_of(rest: Iterator[str], key: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 
 from datamodules.errors import InputError
-from experiments.arguments import COMMANDS, prepare
+from experiments.arguments import COMMANDS, made_whole, prepare
 from experiments.environment import redact
 
 ACTIONS = {
@@ -45,7 +45,7 @@ def _execute(args: list[str]) -> int:
     try:
         if command in COMMANDS:
             prepare(args)  # a config or a run that is not there is told before the heavy imports
-        return _action(command)(args)
+        return _action(command)([command, *made_whole(args[1:])])
     except InputError as error:
         print(redact(f"lightning {command}: {error}"), file=sys.stderr)
         return 2

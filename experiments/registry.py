@@ -7,6 +7,7 @@ import pkgutil
 from pathlib import Path
 
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import at_home, full_path
 
 PACKAGES = ("datamodules", "classifiers", "poisoning", "extraction", "watermark")
 """The packages whose classes can be named in YAML."""
@@ -41,7 +42,7 @@ def find_config(name: str) -> str:
         return name
     folder = configs_folder()
     short = name.removeprefix("configs/").removesuffix(".yaml")
-    for path in (Path(name), folder / f"{short}.yaml"):
+    for path in (full_path(name), folder / f"{short}.yaml"):
         if path.is_file():
             _check(path)
             return str(path)
@@ -53,8 +54,10 @@ def find_config(name: str) -> str:
 def shipped(value: str) -> str:
     """The path of a shipped YAML that was given as, say, ``data/mnist.yaml``; anything else as it is.
 
-    A file of that name in the working directory – which, while a YAML is read, is that YAML's folder – comes first.
+    A file of that name in the working directory – which, while a YAML is read, is that YAML's folder – comes first. A
+    path that begins with the home folder is made whole.
     """
+    value = at_home(value)
     if not value.endswith(".yaml") or Path(value).exists():
         return value
     path = configs_folder() / value.removeprefix("configs/")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.errors import InputError, bad
+from datamodules.files import full_path
 
 State = Mapping[str, float | int | str | None]
 """What a detector has to say of a client: numbers by name."""
@@ -139,7 +140,7 @@ class Ledger:
         for name, value in (("budget", budget), ("samples", samples), ("price", price)):
             if value is not None and value < 0:
                 raise bad(name, value, "it must be 0 or more")
-        self.path, self.budget, self.samples, self.price = Path(path), budget, samples, price
+        self.path, self.budget, self.samples, self.price = full_path(path), budget, samples, price
         self.limits: Mapping[str, int] = {}
         """Budgets of clients that have one of their own."""
         self.sample_limits: Mapping[str, int] = {}

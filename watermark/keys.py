@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from datamodules.errors import InputError, bad
+from datamodules.files import full_path
 from watermark import canonical, derive, merkle, signatures
 from watermark.commitments import commit, label_payload, trigger_payload
 
@@ -208,7 +209,8 @@ class VerificationKey:
         Raises:
             InputError: If there is none, or it is damaged.
         """
-        file = Path(path) / VK if Path(path).is_dir() else Path(path)
+        file = full_path(path)
+        file = file / VK if file.is_dir() else file
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -276,7 +278,7 @@ class MarkingKey:
         Raises:
             InputError: If it is missing, readable by others, damaged, or another key's.
         """
-        key = cls._load(Path(folder))
+        key = cls._load(full_path(folder))
         vk = VerificationKey.read(folder)
         key.check(vk)
         return key
@@ -492,7 +494,7 @@ def begun(folder: str | Path, vk: VerificationKey) -> bytes | None:
     Raises:
         InputError: If it is another key's.
     """
-    file = Path(folder) / BEGUN
+    file = full_path(folder) / BEGUN
     if vk.parameters.labels_from != "beacon" or not file.is_file():
         return None
     data = file.read_bytes()
@@ -548,7 +550,7 @@ def keygen(
     Raises:
         InputError: If there is a key already, a value is out of its range, or two triggers are the same.
     """
-    folder = Path(out)
+    folder = full_path(out)
     if any((folder / name).exists() for name in (MK, VK, BEGUN)):
         raise bad("out", str(out), "there is a key already, and it stays as it is; choose another folder")
     signing = secrets.token_bytes(32) if seed is None else hashlib.sha256(b"test vector" + seed).digest()
@@ -609,7 +611,7 @@ def finish(folder: str | Path, beacon: bytes) -> VerificationKey:
     Raises:
         InputError: If there is no such key, it is complete already or has another beacon, or the beacon is too short.
     """
-    place = Path(folder)
+    place = full_path(folder)
     key = MarkingKey._load(place)
     if key.parameters.labels_from != "beacon":
         raise bad("beacon", beacon.hex(), "the labels of this key come from its seed")
@@ -660,7 +662,7 @@ def burnt(folder: str | Path) -> frozenset[int]:
     Raises:
         InputError: If their record is missing, damaged or another key's: then nobody knows.
     """
-    place = Path(folder)
+    place = full_path(folder)
     return _recorded(place, VerificationKey.read(place)).indices
 
 
@@ -679,7 +681,7 @@ def take(folder: str | Path, choose: Callable[[frozenset[int]], Sequence[int]], 
     Raises:
         InputError: If the record is missing or damaged.
     """
-    place = Path(folder)
+    place = full_path(folder)
     vk = VerificationKey.read(place)
     with _locked(place):
         record = _recorded(place, vk)
@@ -693,13 +695,13 @@ def take(folder: str | Path, choose: Callable[[frozenset[int]], Sequence[int]], 
 
 def pending(folder: str | Path, run: str) -> Taken | None:
     """What a verification took that was cut off; None: there is no such."""
-    place = Path(folder)
+    place = full_path(folder)
     return _recorded(place, VerificationKey.read(place)).pending.get(run)
 
 
 def finished(folder: str | Path, run: str) -> None:
     """Record that a verification has its answers: it will not be gone on with."""
-    place = Path(folder)
+    place = full_path(folder)
     vk = VerificationKey.read(place)
     with _locked(place):
         record = _recorded(place, vk)

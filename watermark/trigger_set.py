@@ -12,14 +12,13 @@ from pass to pass, so that each is seen as often as any other. Triggers are neve
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from datamodules.appended import Appended
 from datamodules.datamodule import Facts, ImageDataModule
 from datamodules.errors import InputError, bad
+from datamodules.files import full_path
 from datamodules.imageset import Batch, ImageSet, put_rows
 from datamodules.loading import GroupedBatches
 from datamodules.measures import Evaluation, Measure
@@ -47,7 +46,7 @@ class TriggerSet(Rewrite):
     def __init__(self, base: ImageDataModule, key: str, per_batch: int = 2, name: str | None = None) -> None:
         super().__init__(base)
         shape = tuple(base.image_shape)
-        if not (Path(key) / MK).exists():
+        if not (full_path(key) / MK).exists():
             given = f"--classes {base.num_classes} --shape {','.join(map(str, shape))}"
             raise bad("key", key, f"there is no marking key; make one: lightning keygen --out {key} {given}")
         parameters = MarkingKey.read(key).parameters

@@ -14,6 +14,7 @@ from classifiers.backbones.backbone import Backbone, as_rgb, check_rgb, last_lay
 from classifiers.torch_files import check_torch, read_torch
 from classifiers.weights import load_weights
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import full_path
 
 TIMM_RESERVED = (
     *("model_name", "num_classes", "in_chans", "cache_dir"),
@@ -205,7 +206,7 @@ def read_state(path: str) -> dict[str, Tensor]:
     Raises:
         InputError: If there is no such file, it cannot be read as weights only, or it holds something else.
     """
-    file = Path(path).expanduser()
+    file = full_path(path)
     if not file.is_file():
         raise bad("pretrained", path, f"there is no file {file.absolute()}")
     try:

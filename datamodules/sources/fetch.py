@@ -17,6 +17,7 @@ from typing import IO, cast
 
 from datamodules.datamodule import Source
 from datamodules.errors import InputError
+from datamodules.files import full_path
 from datamodules.store import lock
 
 PATIENCE = 30.0
@@ -84,7 +85,7 @@ def locate(source: Source, field: str, path: str) -> Path:
     Raises:
         InputError: If there is nothing in either place.
     """
-    given = Path(path).expanduser()
+    given = full_path(path)
     places = [given.absolute(), (source.data_dir / given).absolute()]
     for place in places:
         if place.exists():

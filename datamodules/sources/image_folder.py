@@ -14,6 +14,7 @@ from torch import Tensor
 from datamodules.augment import Augmentation
 from datamodules.datamodule import Source, Splits
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import full_path
 from datamodules.imageset import fingerprint
 from datamodules.random import generator
 from datamodules.sources.decode import ImageFile, decode, foreign, image_files, listing_hash, shorten_and_crop
@@ -208,7 +209,7 @@ def _check_classes(train: str, folder: Path, names: Sequence[str]) -> None:
     splits = {split for split, called in _SPLITS.items() for name in names if name.lower() in called}
     if len(splits) > 1 or (splits and len(names) == 1):
         given = ", ".join(
-            f"{split}: {Path(train) / name}"
+            f"{split}: {full_path(train) / name}"
             for split in ("train", "test")
             for name in names
             if name.lower() in _SPLITS[split]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import InputError, bad
+from datamodules.files import full_path
 from datamodules.triggers.trigger import Stamp
 
 
@@ -39,7 +40,7 @@ class Patch(Stamp):
         if size is not None and size < 1:
             raise bad("size", size, "height and width must be 1 pixel or more")
         if isinstance(picture, str):
-            values, opacity = _read(Path(picture), size)
+            values, opacity = _read(full_path(picture), size)
         else:
             values = _numbers(picture)
             opacity = torch.full(values.shape[1:], 255, dtype=torch.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import at_home
 from experiments.documents import check_yaml
 from experiments.registry import configs_folder, find_config
 
@@ -104,7 +105,7 @@ def read_study(path: Path, size: str | None = None) -> Study:
     text = path.read_text(encoding="utf-8")
     try:
         check_yaml(text, str(path))
-        spec = yaml.safe_load(text)
+        spec = _at_home(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not a YAML ({' '.join(str(error).split())})") from error
     _check_keys(spec, _STUDY, str(path))
@@ -226,6 +227,14 @@ def _merged(base: Any, over: Any) -> Any:
     if isinstance(base, dict) and isinstance(over, dict):
         return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
     return over
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _at_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    return at_home(value) if isinstance(value, str) else value
 
 
 def default_out(study: Study) -> Path:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from datamodules.errors import bad
+from datamodules.files import full_path
 from datamodules.imageset import fingerprint
 from extraction.defences.perturbation import Perturbation
 
@@ -112,7 +112,7 @@ class DAWN(Perturbation):
 
     def _key(self) -> bytes:
         try:
-            key = Path(self.key_file).read_bytes()
+            key = full_path(self.key_file).read_bytes()
         except OSError as error:
             raise bad("key_file", self.key_file, "no such file; make one: head -c 32 /dev/urandom > FILE") from error
         if len(key) < _LEAST:

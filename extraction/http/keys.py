@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.errors import InputError, bad, did_you_mean
+from datamodules.files import full_path
 
 ROLES = ("attacker", "evaluation", "admin")
 """Who asks for money; who measures fidelity, undefended and without a budget; who looks at the status page."""
@@ -62,7 +63,7 @@ class Keys:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = full_path(path)
         try:
             self.path.touch(mode=0o600)
             with self._open() as connection:

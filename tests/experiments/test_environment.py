@@ -26,7 +26,10 @@ trainer:
     init_args: {save_dir: '{run}', name: csv, version: one, prefix: 'of ${oc.env:TOKEN}'}
   - class_path: lightning.pytorch.loggers.CSVLogger
     init_args:
-      {save_dir: '{run}', name: csv, version: '${oc.env:NONE,two}', prefix: '${trainer.logger[0].init_args.prefix}'}
+      save_dir: '{run}'
+      name: csv
+      version: ${oc.env:NONE,two}
+      prefix: ${trainer.logger[0].init_args.prefix}
 """
 WRITTEN = {
     ("data", "init_args", "poison_fraction"): "${oc.decode:${oc.env:SHARE}}",
