@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.errors import InputError
-from datamodules.files import full_path
+from datamodules.files import full_path, under_way
 
 FORMAT = 1
 """Of the entries; a change of it makes every older entry one that is not found."""
@@ -104,15 +104,17 @@ class Store:
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
-        """Hold the entry's lock; what lies about of it was left by builders that died, and goes."""
+        """Hold the entry's lock; what builders that died left of it, or of any other entry, goes."""
         with ExitStack() as held:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock(folder.with_name(f"{folder.name}.lock")))
             except OSError as error:
                 raise self._unwritable(error) from error
-            for rest in folder.parent.glob(f"{folder.name}.tmp-*"):
-                shutil.rmtree(rest, ignore_errors=True)
+            for rest in self.root.glob("*/*.tmp-*"):
+                name = rest.name.partition(".tmp-")[0]
+                if rest.with_name(name) == folder or _nobody_holds(rest.with_name(f"{name}.lock")):
+                    shutil.rmtree(rest, ignore_errors=True)
             yield
 
     def _set_aside(self, folder: Path, fault: str) -> None:
@@ -183,6 +185,16 @@ def lock(path: Path) -> Iterator[None]:
             _log.info("waiting for the process that holds %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _nobody_holds(path: Path) -> bool:
+    """Whether a lock is there, and free."""
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _default_root() -> Path:
@@ -308,8 +320,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     specs = _ordered([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
     header = _header(specs, metadata)
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
+    with under_way(path) as part:
         with part.open("wb") as file:
             file.write(header)
             for name, _, _ in specs:
@@ -317,8 +328,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # after the replacement there is none
     _flush(path.parent)
 
 

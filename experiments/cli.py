@@ -24,7 +24,7 @@ from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
-from experiments import environment, rundir
+from experiments import aftermath, environment, rundir
 from experiments.arguments import last_checkpoint, prepare
 from experiments.checkpoints import check_checkpoint
 from experiments.complaints import input_error, one_line
@@ -199,6 +199,7 @@ class CommandLine(LightningCLI):
         if self.folder is None:
             self.folder = Path(root) / self.name
             if self.keep and not getattr(rank_zero_only, "rank", 0):
+                aftermath.settle_all(self.folder)
                 self.folder = rundir.fresh(root, self.name)
         config.trainer.default_root_dir = str(self.folder)
         if not self.keep or (config.trainer.barebones and _is_default_logger(config.trainer.logger)):
@@ -218,11 +219,14 @@ class CommandLine(LightningCLI):
     def _hold(self, config: Namespace) -> None:
         """Lock the run's folder. Of one that is resumed only now is it certain which checkpoint is the last."""
         assert self.folder is not None
-        if (self.keep or self.resumed) and not getattr(rank_zero_only, "rank", 0):
+        first = not getattr(rank_zero_only, "rank", 0)
+        if first and (self.keep or self.resumed):
             self.lock.take(self.folder, "resume" if self.resumed else "trainer.default_root_dir")
         if not self.resumed:
             return
         try:
+            if first:
+                aftermath.tidy(self.folder)
             config.ckpt_path = str(last_checkpoint(self.folder))
             check_checkpoint(config.ckpt_path)
         except BaseException:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
+from datamodules.files import under_way
 from experiments.arguments import value_of
 from experiments.cli import start
 
@@ -68,9 +69,6 @@ def write_images(datamodule: ImageDataModule, out: Path, limit: int | None = Non
     Raises:
         InputError: If the folder is not empty, the data hold secrets, or the images are neither grey nor RGB.
     """
-    from PIL import Image
-    from rich.progress import track
-
     if datamodule.secret:
         raise InputError("export: this set holds secret triggers, and is not exported")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -90,26 +88,35 @@ def write_images(datamodule: ImageDataModule, out: Path, limit: int | None = Non
     if changed:
         rows = rows[torch.isin(train.ids, torch.tensor(sorted(touched), dtype=torch.int64))]
     rows = rows[:limit]
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        (partial / "images").mkdir(parents=True)
-        with (partial / "table.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(COLUMNS)
-            for part in track(rows.split(256), description="writing images", transient=True):
-                batch = datamodule.materialise(part)
-                labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
-                for image, label, sample in zip(batch.images, labels.tolist(), batch.ids.tolist(), strict=True):
-                    pixels = image.permute(1, 2, 0).numpy()
-                    name = f"images/{sample:07d}.png"
-                    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(partial / name)
-                    origin, original, kinds = touched.get(sample, (sample, label, ""))
-                    table.writerow([name, sample, label, original, int(sample in touched), origin, kinds])
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with under_way(out, folder=True) as partial:
+            _write(datamodule, rows, touched, partial)
+            if out.is_dir():
+                out.rmdir()
+            partial.rename(out)
     except OSError as error:
         raise bad("out", str(out), f"cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return len(rows)
+
+
+def _write(
+    datamodule: ImageDataModule, rows: torch.Tensor, touched: Mapping[int, tuple[int, int, str]], folder: Path
+) -> None:
+    """Write the images of some rows into a folder, and a table of them."""
+    from PIL import Image
+    from rich.progress import track
+
+    (folder / "images").mkdir()
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for part in track(rows.split(256), description="writing images", transient=True):
+            batch = datamodule.materialise(part)
+            labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
+            for image, label, sample in zip(batch.images, labels.tolist(), batch.ids.tolist(), strict=True):
+                pixels = image.permute(1, 2, 0).numpy()
+                name = f"images/{sample:07d}.png"
+                Image.fromarray(pixels[..., 0] if datamodule.image_shape[0] == 1 else pixels).save(folder / name)
+                origin, original, kinds = touched.get(sample, (sample, label, ""))
+                table.writerow([name, sample, label, original, int(sample in touched), origin, kinds])

@@ -5,6 +5,8 @@ One callback, because each costs a step 16–20 µs even when it does nothing; a
 
 from __future__ import annotations
 
+import csv
+import io
 import signal
 import threading
 import time
@@ -24,7 +26,7 @@ from datamodules.errors import InputError
 from datamodules.files import write_atomically
 from datamodules.imageset import ImageSet
 from datamodules.measures import Interval
-from experiments import notes, pictures, rundir
+from experiments import aftermath, notes, pictures, rundir
 from experiments.wandb_logger import Wandb
 
 
@@ -265,14 +267,13 @@ class Record(Callback):
             parts = [self.predictions]
         if not trainer.is_global_zero:
             return
-        import csv
-
         order = [evaluation.name for evaluation in _datamodule(trainer).evaluations("test")]
         rows = sorted((row for part in parts for row in part), key=lambda row: (order.index(row["set"]), row["row"]))
-        with (self.folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["set", "row", "id", "label", "prediction", "confidence"])
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, ["set", "row", "id", "label", "prediction", "confidence"])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.folder / "predictions.csv", table.getvalue().encode())
         rundir.set_status(self.folder, "finished")
         print(f"{len(rows)} predictions: {self.folder / 'predictions.csv'}")
 
@@ -288,6 +289,8 @@ class Record(Callback):
             if trainer.is_global_zero and self.folder.is_dir():
                 why = {} if interrupted else {"error": f"{type(exception).__name__}: {exception}"}
                 rundir.set_status(self.folder, "interrupted" if interrupted else "failed", **why)
+            elif not trainer.is_global_zero:
+                aftermath.settle(self.folder)  # the first process may be what went away
         if interrupted and trainer.is_global_zero and any(checkpoints.glob("*.ckpt")):
             print(f"interrupted; go on with: lightning fit --resume {self.folder}")
 
@@ -326,6 +329,7 @@ class Record(Callback):
                 pairs = [] if datamodule.secret else pictures.changed_pairs(datamodule)
                 logger.dashboard(self.history, pairs, self.measures)
         rundir.set_status(self.folder, "finished")
+        rundir.drop_interrupted(self.folder)
 
 
 def print_table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def set_status(folder: Path, status: str, **more: Any) -> None:
     """Say how the run stands: ``running``, ``finished``, ``interrupted`` or ``failed``."""
-    write_json(folder / "status.json", {"status": status, "process": os.getpid(), **more})
+    write_json(folder / "status.json", {"status": status, "process": os.getpid(), "host": socket.gethostname(), **more})
+
+
+def drop_interrupted(folder: Path) -> None:
+    """Of a run that is through: the checkpoint at which it was interrupted goes, where there is a later one."""
+    old = folder / "checkpoints" / "interrupted.ckpt"
+    with suppress(OSError):
+        then = old.stat().st_mtime_ns
+        if any(path != old and path.stat().st_mtime_ns > then for path in old.parent.glob("*.ckpt")):
+            old.unlink()
 
 
 def versions() -> dict[str, str]:

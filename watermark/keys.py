@@ -24,7 +24,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -35,7 +34,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from datamodules.errors import InputError, bad
-from datamodules.files import full_path
+from datamodules.files import full_path, under_way
 from watermark import canonical, derive, merkle, signatures
 from watermark.commitments import commit, label_payload, trigger_payload
 
@@ -754,42 +753,35 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _create(path: Path, data: bytes, mode: int) -> None:
     """A new file, whole or absent; `FileExistsError` if there is one."""
-    partial = _written(path, data, mode)
-    try:
+    with _written(path, data, mode) as partial:
         os.link(partial, path)  # unlike a rename, it never replaces
-    finally:
-        os.unlink(partial)
     _sync(path.parent)
 
 
 def _create_folder(folder: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
     """A new folder with these files, whole or absent; `OSError` if there is one with something in it."""
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.part"
-    partial.mkdir(mode=0o700)
-    try:
+    with under_way(folder, folder=True, mode=0o700) as partial:
         for name, (data, mode) in files.items():
             _create(partial / name, data, mode)
         os.rename(partial, folder)  # of a folder: it replaces an empty one, and nothing else
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     _sync(folder.parent)
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
-    os.replace(_written(path, data, mode), path)
+    with _written(path, data, mode) as partial:
+        os.replace(partial, path)
     _sync(path.parent)
 
 
-def _written(path: Path, data: bytes, mode: int) -> Path:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask takes away or leaves
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return partial
+@contextlib.contextmanager
+def _written(path: Path, data: bytes, mode: int) -> Iterator[Path]:
+    with under_way(path, mode=mode) as partial:
+        with partial.open("wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask takes away or leaves
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield partial
 
 
 def _sync(folder: Path) -> None:

@@ -168,6 +168,7 @@ def test_interrupted_run_ends_as_if_it_had_not_been(
     assert weights_hash(broken) == expected
     assert read_json(broken / "metrics.json")["measures"] == metrics["measures"]
     assert read_json(broken / "metrics.json")["epochs"] == metrics["epochs"] == 3
+    assert not (broken / "checkpoints" / "interrupted.ckpt").exists()
     assert runs() == [broken]
     assert curves(broken) == drawn, "the losses of the interrupted epoch too"
 
@@ -339,6 +340,8 @@ def test_killed_while_saving(tmp_path: Path) -> None:
             last = content["n"]
     assert last > 0
     assert list(path.parent.glob("*.ckpt")) == [path], "what was left half done is no checkpoint"
+    AtomicCheckpointIO().save_checkpoint({"n": 0}, path)
+    assert os.listdir(path.parent) == [path.name], "and goes with the next"
 
 
 def test_checkpoints_do_not_go_through_the_temporary_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -209,7 +210,9 @@ def test_status_on_the_way(lightning: Command, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rundir, "set_status", listen)
     assert lightning("fit", LINE, *ONE_EPOCH).code == 0
     assert list(dict.fromkeys(said)) == ["running", "finished"]
-    assert read_json(only_run() / "status.json") == {"status": "finished", "process": os.getpid()}
+    assert read_json(only_run() / "status.json") == {
+        "status": "finished", "process": os.getpid(), "host": socket.gethostname(),
+    }  # fmt: skip
     said.clear()
     complaint(lightning("fit", LINE, *ONE_EPOCH, "--data.poison_fraction=0.95"), "largest")
     assert said[-1] == "failed"

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from experiments import pictures
+from experiments.aftermath import KILLED, settle_all
+from experiments.rundir import write_json
 from experiments.runlock import LOCK, RunLock, if_free
 from tests.experiments.running import (
     ONE_EPOCH,
@@ -157,6 +159,7 @@ def test_killed_and_then_resumed_twice_at_once(lightning: Command, tmp_path: Pat
         assert process.wait() == -signal.SIGKILL
     assert (broken / LOCK).is_file()
     assert not (broken / "metrics.json").exists()
+    (broken / "checkpoints" / ".epoch=1.ckpt.123-01234567.part").write_bytes(b"half")
     with ExitStack() as stack:
         resumed = ["fit", "--resume", str(broken)]
         both: list[Fork] = [
@@ -173,7 +176,7 @@ def test_killed_and_then_resumed_twice_at_once(lightning: Command, tmp_path: Pat
     assert read_json(broken / "status.json")["status"] == "finished"
     assert (broken / "checkpoints" / "epoch=2.ckpt").is_file()
     assert not list((broken / "checkpoints").glob("*-v1.ckpt"))
-    assert not (broken / LOCK).exists()
+    assert not [path for path in broken.rglob("*") if path.name.startswith(".")]
     rows, expected = logged(broken), logged(whole)
     assert all(rows.count(row) == 1 for row in rows)
     assert [row for row in expected if row in rows] == rows, "no other, but that the kill may have cost one"
@@ -193,3 +196,24 @@ def test_of_one_that_ended_while_this_began(lightning: Command, monkeypatch: pyt
     assert lightning("fit", "--resume", str(run)).code == 0
     assert (run / "metrics.json").stat().st_mtime_ns > 0
     assert weights_hash(run) == before
+
+
+# --- what a killed run says -------------------------------------------------------------------------------------------
+def test_the_next_run_of_a_config_says_what_became_of_the_killed(tmp_path: Path) -> None:
+    told = {"status": "running", "process": os.getpid(), "host": "elsewhere"}
+    stay = {"finished": {**told, "status": "finished"}, "older": {"status": "running", "process": 1}}
+    for name, status in {"killed": told, "living": told, **stay}.items():
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        write_json(tmp_path / name / "status.json", status)
+        (tmp_path / name / "checkpoints" / ".x.ckpt.1-01234567.part").touch()
+    (tmp_path / "no run").mkdir()
+    lock = RunLock()
+    lock.take(tmp_path / "living", "resume")
+    settle_all(tmp_path)
+    lock.release()
+    assert read_json(tmp_path / "killed" / "status.json") == {**told, "status": "interrupted", "error": KILLED}
+    assert not list((tmp_path / "killed" / "checkpoints").iterdir())
+    for name, status in {"living": told, **stay}.items():
+        assert read_json(tmp_path / name / "status.json") == status
+        assert len(list((tmp_path / name / "checkpoints").iterdir())) == 1
+    settle_all(tmp_path / "absent")
