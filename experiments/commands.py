@@ -78,7 +78,7 @@ def _unforeseen(command: str, error: Exception) -> int:
         return 2
     if "PHARMAKON_TRACEBACK" in os.environ:
         raise error
-    print(f"lightning {command}: {unforeseen(error)}", file=sys.stderr)
+    print(redact(f"lightning {command}: {unforeseen(error)}"), file=sys.stderr)
     return 1
 
 
