@@ -10,6 +10,10 @@ class InputError(ValueError):
     """A value, a file or a folder that a person gave is wrong; the command prints it in one line and exits with 2."""
 
 
+class RunError(RuntimeError):
+    """What went wrong is in no value that a person gave; the command prints it in one line and exits with 1."""
+
+
 def bad(field: str, value: object, remedy: str) -> InputError:
     """The error for `value` in `field`: ``poison_fraction = 1.5: …``."""
     return InputError(f"{field} = {value!r}: {remedy}")

@@ -24,7 +24,7 @@ from classifiers.classifier import ImageClassifier
 from datamodules.datamodule import Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
-from experiments import aftermath, environment, rundir
+from experiments import aftermath, environment, ranks, rundir
 from experiments.arguments import last_checkpoint, prepare
 from experiments.checkpoints import check_checkpoint
 from experiments.complaints import input_error, one_line
@@ -36,6 +36,7 @@ from experiments.record import Record, print_table
 from experiments.registry import configs_folder, import_all, shipped
 from experiments.runlock import RunLock
 from experiments.seeds import chosen_seed
+from experiments.signals import hangup_as_termination
 from experiments.wandb_logger import Wandb, current_run, finish_foreign
 
 MODE = "omegaconf+"
@@ -268,7 +269,8 @@ class CommandLine(LightningCLI):
         """Run the command whose objects were made."""
         failed, before = True, current_run()
         try:
-            super()._run_subcommand(str(self.subcommand))
+            with hangup_as_termination():
+                super()._run_subcommand(str(self.subcommand))
             failed = False
         except (MemoryError, RuntimeError) as error:
             what = out_of_memory(error)
@@ -391,6 +393,7 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
     import_all()
     _be_quiet()
     keep_freed_memory()
+    ranks.bound_rendezvous()
     prepared = prepare(args)
     try:
         return CommandLine(prepared.args, prepared.name, prepared.folder, act, keep, show)
@@ -404,6 +407,8 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
             raise InputError(" ".join(str(error).split())) from error
         if isinstance(error, ValueError | RuntimeError) and str(error).strip().startswith(REFUSALS):
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        if (gone := ranks.lost(_root_of(error))) is not None:
+            raise gone from error
         if (what := out_of_memory(_root_of(error))) is not None:
             text = f"{what} before anything was run: choose a smaller network or smaller images"
             raise InputError(text) from error

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pkgutil import resolve_name
 
-from datamodules.errors import InputError
+from datamodules.errors import InputError, RunError
+from experiments import streams
 from experiments.arguments import COMMANDS, made_whole, prepare
 from experiments.environment import redact
 
@@ -45,10 +46,11 @@ def _execute(args: list[str]) -> int:
     try:
         if command in COMMANDS:
             prepare(args)  # a config or a run that is not there is told before the heavy imports
-        return _action(command)([command, *made_whole(args[1:])])
-    except InputError as error:
+        with streams.whether_read_or_not():
+            return _action(command)([command, *made_whole(args[1:])])
+    except (InputError, RunError) as error:
         print(redact(f"lightning {command}: {error}"), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:
         raise
     except (Exception, RecursionError, MemoryError) as error:

@@ -287,7 +287,9 @@ class Record(Callback):
                 trainer.save_checkpoint(checkpoints / "interrupted.ckpt", False)  # not the weights alone
         finally:
             if trainer.is_global_zero and self.folder.is_dir():
-                why = {} if interrupted else {"error": f"{type(exception).__name__}: {exception}"}
+                why = (
+                    {} if interrupted else {"error": f"{type(exception).__name__}: {' '.join(str(exception).split())}"}
+                )
                 rundir.set_status(self.folder, "interrupted" if interrupted else "failed", **why)
             elif not trainer.is_global_zero:
                 aftermath.settle(self.folder)  # the first process may be what went away

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 
 def prepare() -> None:
@@ -46,3 +49,43 @@ def lost() -> None:
     """Let go of standard output: Python would complain of it once more at its end."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def whether_read_or_not() -> Iterator[None]:
+    """Go on with the work when nobody reads what is printed any more: ``lightning fit … | head -1``."""
+    before = sys.stdout
+    own: Any = _Unread(before)
+    sys.stdout = own
+    try:
+        yield
+    finally:
+        if sys.stdout is own:
+            sys.stdout = before
+
+
+class _Unread:
+    """A stream that may lose its reader, or its terminal: from then on what is printed goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as much as there is somebody to read it."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if there is somebody to read it."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            lost()
