@@ -20,7 +20,10 @@ from datamodules.imageset import PADDING, Batch, ImageSet
 TEST_IMAGES = "test images"
 """What an interval's cases are unless it says otherwise."""
 
-SAME = (TEST_IMAGES, "candidates")
+SAME_TARGETS = "targets, the same for all seeds"
+"""Cases that are a choice of test images which no seed changes."""
+
+SAME = (TEST_IMAGES, "candidates", SAME_TARGETS)
 """Cases that are the same whatever the seed: those of several runs cannot be counted together."""
 
 

@@ -39,8 +39,13 @@ def load_extractor(
 
 
 def make_extractor(backbone: BackboneFactory, data: ImageDataModule) -> ImageClassifier:
-    """The same from a backbone that has weights of its own, such as ``InceptionV3`` with `pretrained`."""
+    """The same from a backbone that has weights of its own, such as ``InceptionV3`` with `pretrained`.
+
+    What these leave to chance, such as a last layer for other classes, is the same in every process: the extractor's
+    hash names what was crafted with it.
+    """
     with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         extractor = ImageClassifier(backbone, data.num_classes, data.image_shape, data.mean, data.std)
     return extractor.requires_grad_(False).eval()
 

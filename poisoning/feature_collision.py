@@ -38,6 +38,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from classifiers.classifier import BackboneFactory, ImageClassifier
+from classifiers.folding import folded_classifier
 from classifiers.weights import find_weights
 from datamodules.datamodule import Changes, Facts, ImageDataModule
 from datamodules.errors import InputError, bad
@@ -293,7 +294,7 @@ class FeatureCollision(Rewrite):
     def _make(self, target: Tensor, candidates: Tensor) -> dict[str, Tensor]:
         """Choose the bases and craft; what the store keeps."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        extractor = self._extractor().to(device)
+        extractor = folded_classifier(self._extractor().to(device))
         aim = target.to(device).float() / 255
         if self.choose == "nearest":
             apart = (

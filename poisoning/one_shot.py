@@ -24,7 +24,7 @@ from torch import Tensor
 
 from classifiers.last_layers import LastLayers, scores, train_last_layers
 from datamodules.errors import bad
-from datamodules.measures import Interval, over_seeds, wilson
+from datamodules.measures import TEST_IMAGES, Interval, wilson
 from datamodules.random import draw
 
 CHOICES = ("nearest", "random")
@@ -57,6 +57,9 @@ class Outcome(NamedTuple):
         wrong_after: The same with it.
         accuracy_before: Real (T,): on the test images other than the target, without the poison.
         accuracy_after: The same with it.
+        right_clean: bool (N,): which test images are right without a poison.
+        drop_of_image: float64 (N,): how much of its being right each test image loses in the mean over the trials whose
+            target it is not, weighted so that the mean over images is the mean over trials of the drop in accuracy.
         turned: Real (T,): by how many degrees the poison turned the boundary between the target's and the base's class.
         layers: The victims' T last layers.
     """
@@ -67,6 +70,8 @@ class Outcome(NamedTuple):
     wrong_after: Tensor
     accuracy_before: Tensor
     accuracy_after: Tensor
+    right_clean: Tensor
+    drop_of_image: Tensor
     turned: Tensor
     layers: LastLayers
 
@@ -155,26 +160,54 @@ def run_trials(
     before = scores(clean, targets)[0].softmax(1)
     after = scores(layers, targets[:, None])[:, 0].softmax(1)
     rows = torch.arange(len(goal), device=goal.device)
+    right_before, right_after = (right_answers(each, task) for each in (clean, layers))
     return Outcome(
         success=after.argmax(1) == goal,
         right_before=before.argmax(1) == own,
         wrong_before=before[rows, goal],
         wrong_after=after[rows, goal],
-        accuracy_before=_accuracy_without(clean, task, pairs.targets),
-        accuracy_after=_accuracy_without(layers, task, pairs.targets),
+        accuracy_before=accuracy_without(right_before, pairs.targets),
+        accuracy_after=accuracy_without(right_after, pairs.targets),
+        right_clean=right_before[0],
+        drop_of_image=drops(right_before[0], right_after, pairs.targets),
         turned=angle(normal(clean, own, goal), normal(layers, own, goal)),
         layers=layers,
     )
 
 
-def _accuracy_without(layers: LastLayers, task: Task, targets: Tensor) -> Tensor:
-    """Accuracy of each layer on the test images other than its target: float64 (T,); one layer may serve them all."""
+def right_answers(layers: LastLayers, task: Task) -> Tensor:
+    """Which test images each layer gets right: bool (T, N)."""
     found = []
     for weights, biases in zip(layers.weights.split(64), layers.biases.split(64), strict=True):
         found.append(scores(LastLayers(weights, biases), task.test).argmax(2) == task.test_labels)
-    right = torch.cat(found).expand(len(targets), -1)
+    return torch.cat(found)
+
+
+def accuracy_without(right: Tensor, targets: Tensor) -> Tensor:
+    """Accuracy on the test images other than each trial's target: float64 (T,).
+
+    Args:
+        right: bool (T, N), or (1, N) where one layer serves all trials.
+        targets: Rows of the test set: int64 (T,).
+    """
+    right = right.expand(len(targets), -1)
     hits = right.sum(1) - right.gather(1, targets[:, None])[:, 0].long()
-    return hits.double() / (len(task.test) - 1)
+    return hits.double() / (right.shape[1] - 1)
+
+
+def drops(before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+    """How much each test image loses, see `Outcome.drop_of_image`: float64 (N,).
+
+    Args:
+        before: bool (N,): right without a poison.
+        after: bool (T, N): right with each trial's.
+        targets: Rows of the test set: int64 (T,). A trial's own target does not count in it.
+    """
+    trials, images = after.shape
+    lost = trials * before.double() - after.sum(0)
+    own = before[targets].double() - after.gather(1, targets[:, None])[:, 0].double()
+    lost = lost.index_add(0, targets, -own)
+    return lost * images / (trials * (images - 1))
 
 
 # --- how the boundary moved ------------------------------------------------------------------------------------------
@@ -235,32 +268,58 @@ def plane(first: Tensor, second: Tensor, point: Tensor) -> Plane:
 
 
 # --- in numbers ------------------------------------------------------------------------------------------------------
-def share(hits: Tensor) -> Interval:
-    """The share of true values, with Wilson's interval: bool (N,)."""
-    return wilson(int(hits.sum()), len(hits))
+def share(hits: Tensor, unit: str = TEST_IMAGES) -> Interval:
+    """The share of true values, with Wilson's interval: bool (N,); `unit` is what they are, see `Interval`."""
+    return wilson(int(hits.sum()), len(hits), unit=unit)
 
 
-def summary(outcome: Outcome) -> dict[str, Interval | float]:
+def paired_drop(losses: Tensor) -> Interval:
+    """The mean of what each test image loses, in percentage points, with its 95 % interval over the images.
+
+    Agresti and Min's interval for paired proportions (2005): two images more are counted, of which one loses and one
+    gains half; so it is not empty where no image changed. It covers other test images. It does not cover other training
+    images, initialisations or choices of poisons: all trials share them, so that their number narrows nothing.
+
+    Args:
+        losses: float64 (N,), each in [−1, 1]: see `Outcome.drop_of_image`.
+    """
+    n = len(losses) + 2
+    middle = float(losses.sum()) / n
+    spread = (float(losses.square().sum()) + 1) / n - middle**2
+    half = 1.959963984540054 * (spread / n) ** 0.5
+    value = float(losses.mean())
+    return Interval(100 * value, len(losses), 100 * min(value, middle - half), 100 * max(value, middle + half))
+
+
+def summary(outcome: Outcome, unit: str = "targets") -> dict[str, Interval | float]:
     """What T trials come to.
+
+    Args:
+        outcome: Of the trials.
+        unit: What the targets are, see `Interval`.
 
     Returns:
         ``target_success``: the share of targets that got the base's class. ``target_success_if_right``: the same among
         targets that the victim without a poison gets right. ``target_wrong_before``: the share that it gets wrong.
+        Their intervals are Wilson's for the number of targets, and cover other targets: extractor, training images and
+        initialisation are the same in all trials.
         ``confidence_before`` and ``confidence_after``: medians of the probability of the base's class.
-        ``clean_accuracy_before`` and ``clean_accuracy``: means over the trials, with Student's t interval over these.
-        ``clean_drop`` and ``worst_clean_drop``: mean and largest difference of the two, in percentage points.
+        ``clean_accuracy_before``: of the one victim without a poison, on all test images, with Wilson's interval.
+        ``clean_accuracy``: the mean over the victims, each on the test images that are not its target; no interval, for
+        they are nearly copies of the former. What a poison costs is ``clean_drop``: the mean of the paired differences
+        in percentage points, see `paired_drop`; and ``worst_clean_drop``, the largest of T, an extreme that has none.
         ``angle``: the median number of degrees by which the boundary turned.
     """
     drop = 100 * (outcome.accuracy_before - outcome.accuracy_after)
     return {
-        "target_success": share(outcome.success),
-        "target_success_if_right": share(outcome.success[outcome.right_before]),
-        "target_wrong_before": share(~outcome.right_before),
+        "target_success": share(outcome.success, unit),
+        "target_success_if_right": share(outcome.success[outcome.right_before], unit),
+        "target_wrong_before": share(~outcome.right_before, unit),
         "confidence_before": float(outcome.wrong_before.median()),
         "confidence_after": float(outcome.wrong_after.median()),
-        "clean_accuracy_before": over_seeds(outcome.accuracy_before.tolist()),
-        "clean_accuracy": over_seeds(outcome.accuracy_after.tolist()),
-        "clean_drop": float(drop.mean()),
+        "clean_accuracy_before": share(outcome.right_clean),
+        "clean_accuracy": float(outcome.accuracy_after.mean()),
+        "clean_drop": paired_drop(outcome.drop_of_image),
         "worst_clean_drop": float(drop.max()),
         "angle": float(outcome.turned.median()),
     }

@@ -216,6 +216,8 @@ def how(summaries: Sequence[Summary]) -> str:
         parts.append("not ± but in brackets: Wilson's for the n of the cases, where it is wider")
     if any(s.interval == "wilson" and s.runs == 1 for s in summaries):
         parts.append("one run with Wilson's 95 % interval" if not parts else "Wilson's where there is one run")
+    if any(s.interval == "paired" for s in summaries):
+        parts.append("of a difference the interval for pairs of its cases")
     if any(not s.interval and s.runs for s in summaries):
         parts.append("single runs without interval" if not parts else "none where there is one run without counts")
     return "; ".join(parts)

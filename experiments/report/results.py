@@ -23,6 +23,9 @@ Row = Mapping[str, str]
 TEST_IMAGES = "test images"
 """What a measure's cases are where its row does not say."""
 
+DIFFERENCE = "_drop"
+"""How the names of measures end that are differences in percentage points, and no shares."""
+
 HASHES = ("config_hash", "data_hash", "poison_hash", "weights_hash", "code_hash")
 FIXED = (
     "study",
@@ -56,7 +59,7 @@ class Summary:
         seeds: Different seeds among them.
         cases: Least and most cases of a row; None if that is not known.
         interval: ``t``: Student's over `over`; ``wilson``: of the one run, or of the cases of several where that is
-            wider; empty: none.
+            wider; ``paired``: of the one run, a difference's; empty: none.
         over: ``seeds``, or ``runs`` where all have the same seed.
         unit: What the cases are.
     """
@@ -99,6 +102,8 @@ class Results:
         for name in self.measures:
             rows = [row for row in self.finished if number(row[name]) is not None]
             values = [[number(row[column]) for column in (name, f"{name}.low", f"{name}.high")] for row in rows]
+            if name.endswith(DIFFERENCE):
+                continue
             if rows and all(None not in each and 0 <= (each[0] or 0) <= 1 for each in values):
                 found.add(name)
         return frozenset(found)
@@ -245,8 +250,8 @@ def summarise(rows: Iterable[Row], of: Quantity, share: bool) -> Summary:
         if of.complement:
             low, high = (None if high is None else 1 - high), (None if low is None else 1 - low)
         value = next(iter(by_seed.values()))[0]
-        known = share and low is not None and high is not None
-        return Summary(value, _or_nan(low), _or_nan(high), 1, 1, counted, "wilson" if known else "", unit=unit)
+        kind = "" if low is None or high is None else "wilson" if share else "paired"
+        return Summary(value, _or_nan(low), _or_nan(high), 1, 1, counted, kind, unit=unit)
     groups, over = list(grouped(used, ["seed"]).values()), "seeds"
     if len(groups) == 1:
         groups, over = list(grouped(used, ["cell"]).values()), "runs"

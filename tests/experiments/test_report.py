@@ -239,6 +239,19 @@ def test_one_seed_has_the_interval_of_its_run(tmp_path: Path) -> None:
     assert "One run with Wilson's 95 % interval" in markdown
 
 
+def test_a_drop_is_in_points_and_has_the_interval_of_its_run(tmp_path: Path) -> None:
+    drop = {"clean_drop": 0.05, "clean_drop.low": 0.01, "clean_drop.high": 0.25, "clean_drop.n": 2000}
+    rows = [a_row("attack", {"p": 0.1}, 0, {"clean_accuracy": (90, 100)}, **drop)]
+    write_study(tmp_path, rows, tables=[{"name": "t", "rows": ["p"], "columns": ["clean_accuracy", "clean_drop"]}])
+    study, _ = read_study(tmp_path)
+    results = read_results(tmp_path)
+    assert results.shares == {"clean_accuracy"}  # a drop of 0.05 points is not 5 %, though it lies in [0, 1]
+    assert "clean_drop" in results.measures
+    markdown = as_markdown(table(study.tables[0], study, results))
+    assert "| 0.1 | 90.00 (82.56 – 94.48) | 0.05 (0.01 – 0.25) | 1 |" in markdown
+    assert "of a difference the interval for pairs of its cases" in markdown
+
+
 def test_runs_that_share_a_seed_are_averaged_before_the_interval_is_made(tmp_path: Path) -> None:
     values = {0: (80, 90), 1: (70, 90), 2: (60, 90)}
     rows = [a_row("attack", {"data.source_label": label}, seed, {"clean_accuracy": (k, 100)})

@@ -14,12 +14,15 @@ from poisoning.one_shot import (
     Pairs,
     Recipe,
     Task,
-    _accuracy_without,
+    accuracy_without,
     angle,
     clean_layer,
+    drops,
     normal,
     pair_up,
+    paired_drop,
     plane,
+    right_answers,
     run_trials,
     summary,
 )
@@ -96,8 +99,58 @@ def test_clean_accuracy_leaves_the_target_out() -> None:
     test, labels = torch.tensor([[-1.0], [2.0], [3.0], [4.0]]), torch.tensor([0, 1, 0, 1])
     task = Task(test, labels, test, labels)
     first = LastLayers(layers.weights[:1], layers.biases[:1])
-    assert _accuracy_without(first, task, torch.tensor([2, 0])).tolist() == pytest.approx([1.0, 2 / 3])
-    assert _accuracy_without(layers, task, torch.tensor([1, 2])).tolist() == pytest.approx([2 / 3, 0.0])
+    assert right_answers(layers, task).tolist() == [[True, True, False, True], [False, False, True, False]]
+    assert accuracy_without(right_answers(first, task), torch.tensor([2, 0])).tolist() == pytest.approx([1.0, 2 / 3])
+    assert accuracy_without(right_answers(layers, task), torch.tensor([1, 2])).tolist() == pytest.approx([2 / 3, 0.0])
+
+
+def test_what_images_lose_comes_to_what_trials_lose() -> None:
+    private = torch.Generator().manual_seed(0)
+    before = torch.rand(7, generator=private) < 0.6
+    after = torch.rand(5, 7, generator=private) < 0.5
+    targets = torch.tensor([0, 3, 3, 6, 1])
+    lost = accuracy_without(before[None], targets) - accuracy_without(after, targets)
+    assert float(lost.abs().min()) > 0
+    found = drops(before, after, targets)
+    assert float(found.mean()) == pytest.approx(float(lost.mean()))
+    # an image that is the only one to change, in a trial whose target it is, loses nothing
+    alone = before.expand(5, -1).clone()
+    alone[0, 0] = ~alone[0, 0]
+    assert drops(before, alone, targets).tolist() == [0] * 7
+
+
+def test_the_interval_of_a_drop_is_that_of_pairs_and_knows_no_number_of_trials() -> None:
+    losses = torch.cat([torch.ones(12), -torch.ones(5), torch.zeros(83)]).double()
+    found = paired_drop(losses)
+    # Agresti & Min 2005: half an image is added to each of the four counts: 12.5 lost and 5.5 gained of 102
+    middle, half = 7 / 102, 1.959964 * math.sqrt(18 - 49 / 102) / 102
+    assert (found.value, found.n) == (pytest.approx(7.0), 100)
+    assert (found.low, found.high) == (pytest.approx(100 * (middle - half)), pytest.approx(100 * (middle + half)))
+    none = paired_drop(torch.zeros(2000, dtype=torch.float64))
+    assert none.value == 0
+    assert (none.low, none.high) == (pytest.approx(-0.0979, abs=1e-3), pytest.approx(0.0979, abs=1e-3))
+
+
+def test_copies_of_one_model_do_not_narrow_an_interval() -> None:
+    (train, train_labels), (test, test_labels) = blobs(40, 0), blobs(60, 1)
+    test[:9] = test[:9].flip(1)  # some of them wrong
+    test[:9, :2] = test[:9, :2].flip(1) + 4 * torch.eye(8)[test_labels[:9]][:, :2].flip(1)
+    task, recipe = Task(train, train_labels, test, test_labels), Recipe(epochs=5)
+    clean = clean_layer(task, 2, recipe)
+    widths = []
+    for trials in (4, 40):
+        rows = torch.arange(trials) + 9
+        pairs = Pairs(rows, (rows + 1) % 60)
+        found = summary(run_trials(task, pairs, test[pairs.bases], clean, recipe))
+        before, drop = found["clean_accuracy_before"], found["clean_drop"]
+        assert not isinstance(before, float)
+        assert not isinstance(drop, float)
+        assert (before.n, drop.n) == (60, 60)
+        assert 0 < before.value < 1
+        assert isinstance(found["clean_accuracy"], float)
+        widths.append((before.high - before.low, drop.high - drop.low))
+    assert widths[0][0] == widths[1][0] > 0.1
+    assert widths[1][1] > 0.8 * widths[0][1]
 
 
 def test_each_trial_has_the_label_of_its_own_base() -> None:
@@ -158,6 +211,8 @@ def test_the_summary_counts() -> None:
             wrong_after=torch.tensor([0.9, 0.8, 0.4, 0.3]),
             accuracy_before=torch.tensor([0.99, 0.99, 0.98, 0.98]),
             accuracy_after=torch.tensor([0.99, 0.97, 0.98, 0.96]),
+            right_clean=torch.tensor([True, True, True, False, True]),
+            drop_of_image=torch.tensor([0.05, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64),
             turned=torch.tensor([1.0, 2.0, 3.0, 4.0]),
             layers=LastLayers(torch.zeros(4, 2, 1), torch.zeros(4, 2)),
         )
@@ -169,7 +224,7 @@ def test_the_summary_counts() -> None:
         "target_wrong_before": 0.25,
         "confidence_before": pytest.approx(0.1),
         "confidence_after": pytest.approx(0.4),
-        "clean_accuracy_before": pytest.approx(0.985),
+        "clean_accuracy_before": pytest.approx(0.8),
         "clean_accuracy": pytest.approx(0.975),
         "clean_drop": pytest.approx(1.0, abs=1e-4),
         "worst_clean_drop": pytest.approx(2.0, abs=1e-4),
