@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench layers crafting labelling kills overhead mutants pins wheel clean
+.PHONY: help setup demo test lint types unit format bench layers crafting labelling kills overhead mutants fuzz pins wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -60,6 +60,9 @@ overhead: $(BIN)/.installed ## what the pool of processes costs on 100 small cel
 
 mutants: $(BIN)/.installed ## put faults of one line in, one at a time, and demand that the tests named beside them fail (minutes)
 	$(BIN)/python -m tests.mutants
+
+fuzz: $(BIN)/.installed ## give every key of some configs values that nobody would write: a run, or one line (an hour)
+	$(BIN)/python -m tests.fuzz
 
 pins: $(BIN)/.installed ## resolve the newest versions into constraints.txt (names no host)
 	$(BIN)/uv pip compile --quiet --upgrade --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml

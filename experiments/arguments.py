@@ -62,6 +62,8 @@ def prepare(args: list[str]) -> Arguments:
             raise bad(key.lstrip("-"), value, "keys are looked up in YAML only; write it in a file, or give the value")
         else:
             prepared.append(f"{key}={shipped(value)}" if equals else shipped(arg))
+    if resume and any(arg.split("=")[0] == "--ckpt_path" for arg in prepared):
+        raise bad("ckpt_path", resume, "--resume goes on from that run's last checkpoint; leave one of the two out")
     if not resume:
         return Arguments(prepared, name, None)
     folder = _run(resume)

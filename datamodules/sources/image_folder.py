@@ -23,6 +23,7 @@ from datamodules.store import Store, entry_digest, load_tensors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_TEST_FRACTION = 0.2
 _FILE = "images.safetensors"
 _DECODING = 1  # a change of what is done to the pixels; it has older entries of the store left alone
 
@@ -62,7 +63,7 @@ class ImageFolder(Source):
         self,
         train: str,
         test: str | None = None,
-        test_fraction: float = 0.2,
+        test_fraction: float = _TEST_FRACTION,
         size: int = 224,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
@@ -83,6 +84,10 @@ class ImageFolder(Source):
             raise bad("size", size, "images have 1 pixel or more")
         if not 0 < test_fraction < 1:
             raise bad("test_fraction", test_fraction, "the share of the test set must be in (0, 1)")
+        if test is not None and test_fraction != _TEST_FRACTION:
+            raise bad(
+                "test_fraction", test_fraction, f"the folder test = {test!r} is the test set; leave one of them out"
+            )
         self.size, self.test_fraction = size, test_fraction
         self.image_shape = (3, size, size)
         self.mean, self.std = mean, std

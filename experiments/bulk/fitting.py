@@ -50,6 +50,11 @@ def fit(line: CommandLine, data: ImageDataModule, epochs: int | None = None) -> 
     """
     trainer = Trainer(
         max_epochs=line.trainer.max_epochs if epochs is None else epochs,
+        max_steps=line.trainer.max_steps,
+        limit_train_batches=line.trainer.limit_train_batches,
+        accumulate_grad_batches=line.trainer.accumulate_grad_batches,
+        gradient_clip_val=line.trainer.gradient_clip_val,
+        gradient_clip_algorithm=line.trainer.gradient_clip_algorithm,
         precision=line.trainer.precision,
         devices=1,
         logger=False,

@@ -110,7 +110,7 @@ def read_study(path: Path, size: str | None = None) -> Study:
         raise InputError(f"{path}: not a YAML ({' '.join(str(error).split())})") from error
     _check_keys(spec, _STUDY, str(path))
     sizes = spec.pop("sizes", None) or {"paper": {}}
-    size = size or next(iter(sizes))
+    size = next(iter(sizes)) if size is None else size
     if size not in sizes:
         raise bad("size", size, f"{path.stem} has {', '.join(sizes)}{did_you_mean(size, sizes)}")
     spec = _merged(spec, sizes[size] or {})
