@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench layers crafting labelling kills overhead mutants fuzz pins wheel clean
+.PHONY: help setup demo test lint types unit format bench layers crafting collisions labelling kills overhead mutants fuzz pins wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -51,6 +51,9 @@ labelling: $(BIN)/.installed ## an oracle's labels in batches against one by one
 
 crafting: $(BIN)/.installed ## feature collisions crafted together against one by one in ART, if it is installed (minutes)
 	$(BIN)/python -m tests.benchmarks.crafting
+
+collisions: $(BIN)/.installed ## how near each rule brings feature collisions on ImageNet features, against evaluations (many minutes)
+	$(BIN)/python -m tests.benchmarks.collisions
 
 kills: $(BIN)/.installed ## kill a small study ten times, and compare it with an undisturbed one (minutes)
 	$(BIN)/python -m tests.benchmarks.studies kills

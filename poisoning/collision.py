@@ -73,6 +73,7 @@ def collide(
     tolerance: float = 1e-3,
     epsilon: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[Tensor, Point], None] | None = None,
     batch_size: int = 256,
 ) -> Collision:
     """Craft poisons, all of them together.
@@ -89,6 +90,8 @@ def collide(
             ``adam`` goes on with half the step until that is too small; 0: it goes on to the last evaluation.
         epsilon: Bound of |p − b| for each pixel, at least 1/255; None, as in the paper: there is none.
         progress: Called with (how many poisons' worth of work is done, N) now and then.
+        watch: Called after each evaluation with the rows that are being worked on, int64 (M,), and with the best images
+            of these so far, before rounding.
         batch_size: How many are worked on at a time; who has finished makes room for the next.
 
     Returns:
@@ -121,6 +124,8 @@ def collide(
         before = pool.best.objective
         for _ in range(min(EVERY, iterations)):
             pool = _advance(features, pool, how, iterations)
+            if watch is not None:
+                watch(pool.row, pool.best)
         finished, state = how.look(before - pool.best.objective, tolerance * before, pool.state)
         pool = pool._replace(state=state)
         finished |= pool.best.objective <= torch.finfo(bases.dtype).eps * squared(pool.problem.aim)  # it is there

@@ -234,6 +234,23 @@ def test_progress_is_told() -> None:
     assert len({done for done, _ in told}) > 3, "not only when poisons are finished"
 
 
+@every_rule
+def test_who_watches_sees_the_best_images_so_far(rule: Any) -> None:
+    features, _ = network()
+    targets, bases = some(5, 1), some(5, 2)
+    seen: list[tuple[list[int], Tensor, Tensor]] = []
+    found = collide(
+        features, targets, bases, beta=0.1, iterations=12, batch_size=3, tolerance=0, rule=rule,
+        watch=lambda rows, best: seen.append((rows.tolist(), best.objective, best.x)),
+    )  # fmt: skip
+    assert sum(len(rows) for rows, _, _ in seen) >= 5 * 12
+    for row in range(5):
+        objectives = [float(objective[rows.index(row)]) for rows, objective, _ in seen if row in rows]
+        assert objectives == sorted(objectives, reverse=True)
+    last = {row: x[at] for rows, _, x in seen for at, row in enumerate(rows)}
+    assert all(torch.equal((255 * last[row]).round().byte(), found.images[row]) for row in range(5))
+
+
 def test_nothing_to_craft() -> None:
     features, _ = network()
     found = collide(features, some(0, 1), some(0, 2), beta=0.1)
