@@ -67,7 +67,7 @@ def real(pairs: int, size: int) -> Scene:
     data = Resized(CIFAR10(), size, (MEAN,) * 3, (STD,) * 3)
     data.prepare_data()
     data.setup("test")
-    extractor = make_extractor(partial(EfficientNetLite, version=0), data)
+    extractor = make_extractor(partial(EfficientNetLite, version=0, pretrained=True), data)
     images = data.test_set
     picked = [images.images_at((images.labels == label).nonzero()[:pairs, 0]).float() / 255 for label in (5, 6)]
     return Scene(f"EfficientNet-Lite0, {size} pixels, dog → frog", folded_classifier(extractor), *picked)
@@ -141,6 +141,21 @@ def write(curves: Sequence[Curve], scene: Scene, folder: Path) -> None:
     figure.savefig(folder / "collisions.png", dpi=110)
 
 
+def table(curves: Sequence[Curve], scene: Scene) -> Table:
+    """A column for each rule: what is left, mean and worst, and below it the poisons as they are published."""
+    found = Table(title=f"{scene.name}, {len(scene.targets)} pairs: distance left, mean (worst)")
+    found.add_column("evaluations", justify="right")
+    for curve in curves:
+        found.add_column(curve.rule if curve.epsilon is None else f"{curve.rule}, ε = {curve.epsilon}", justify="right")
+    for at, (look, *_) in enumerate(curves[0].points):
+        found.add_row(str(look), *(f"{curve.points[at][1]:.3f} ({curve.points[at][2]:.2f})" for curve in curves))
+    found.add_section()
+    for name, at, shown in (("poisons", 0, ".3f"), ("RMS, levels", 1, ".2f"), ("largest", 2, ".0f")):
+        found.add_row(name, *(format(curve.final[at], shown) for curve in curves))
+    found.add_row("seconds", *(f"{curve.seconds:.0f}" for curve in curves))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--weights", help="of extractor_mnist: MNIST instead of real features")
@@ -158,17 +173,7 @@ def main() -> int:
             with console.status(f"{rule}, {options.evaluations} evaluations of {len(scene.targets)} pairs"):
                 curves.append(measure(scene, rule, options.evaluations, epsilon))
             write(curves, scene, options.out)
-    table = Table(title=f"{scene.name}, {len(scene.targets)} pairs: distance left, mean (worst)")
-    for column in ("rule", "ε", *(str(n) for n, *_ in curves[0].points), "poison", "RMS", "largest", "s"):
-        table.add_column(column, justify="left" if column == "rule" else "right")
-    for curve in curves:
-        left, rms, linf = curve.final
-        table.add_row(
-            curve.rule, "" if curve.epsilon is None else str(curve.epsilon),
-            *(f"{mean:.3f} ({worst:.2f})" for _, mean, worst, _ in curve.points),
-            f"{left:.3f}", f"{rms:.2f}", f"{linf:.0f}", f"{curve.seconds:.0f}",
-        )  # fmt: skip
-    console.print(table)
+    console.print(table(curves, scene))
     if options.weights:
         return 0
     missed = [
