@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from classifiers.last_layers import LastLayers, scores, train_last_layers
-from datamodules.errors import bad
+from datamodules.errors import InputError, bad
 from datamodules.measures import TEST_IMAGES, Interval, wilson
 from datamodules.random import draw
 
@@ -145,7 +145,12 @@ def run_trials(
         clean: The last layer without a poison (T = 1), by the same recipe.
         recipe: How victims train.
         progress: See `train_last_layers`.
+
+    Raises:
+        InputError: If the features are the same for every image: every last layer answers one class for all of them.
     """
+    if len(task.test) > 1 and bool((task.test == task.test[:1]).all()):
+        raise InputError("extractor: its features are the same for every image, and tell nothing apart; train it anew")
     own, goal = task.test_labels[pairs.targets], task.test_labels[pairs.bases]
     layers = train_last_layers(
         task.train,

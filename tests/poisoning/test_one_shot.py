@@ -233,3 +233,12 @@ def test_the_summary_counts() -> None:
     success = found["target_success"]
     assert not isinstance(success, float)
     assert (success.n, round(success.low, 3), round(success.high, 3)) == (4, 0.150, 0.850)  # Wilson, 2 of 4
+
+
+def test_features_that_tell_nothing_apart_are_refused() -> None:
+    """Of an extractor of zeros every target would be one class, the base's perhaps: a success that means nothing."""
+    features, labels = torch.zeros(6, 3), torch.tensor([0, 0, 0, 1, 1, 1])
+    task, recipe = Task(features, labels, features, labels), Recipe(epochs=1)
+    pairs = Pairs(torch.tensor([0]), torch.tensor([3]))
+    with pytest.raises(InputError, match="the same for every image"):
+        run_trials(task, pairs, features[:1], clean_layer(task, 2, recipe), recipe)
