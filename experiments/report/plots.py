@@ -213,7 +213,7 @@ def how(summaries: Sequence[Summary]) -> str:
             many = counted(counts[0], noun) if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,} {noun}s"
             parts.append(f"mean and Student's t 95 % interval over {many}{' of one seed' if noun == 'run' else ''}")
     if any(s.interval == "wilson" for s in several):
-        parts.append("not ± but in brackets: Wilson's for the n of the cases, where it is wider")
+        parts.append("Wilson's of the n cases where that is wider")
     if any(s.interval == "wilson" and s.runs == 1 for s in summaries):
         parts.append("one run with Wilson's 95 % interval" if not parts else "Wilson's where there is one run")
     if any(s.interval == "paired" for s in summaries):

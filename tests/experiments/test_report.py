@@ -220,7 +220,7 @@ def test_the_page_holds_the_table(html: str) -> None:
     assert "a Gu et al. 2017, Table 1; deviation: their split" in text
     assert "published, not run here: poison fraction 0.7: attack success rate 99.1 %; Gu et al. 2017" in text
     assert "Mean and Student's t 95 % interval over 3 seeds" in text
-    assert "not ± but in brackets: Wilson's for the n of the cases, where it is wider" in text
+    assert "Wilson's of the n cases where that is wider" in text
     assert "left out: 1 cell failed, 1 cell not run yet" in text
 
 
