@@ -7,6 +7,8 @@ resuming – which a generator that is advanced from batch to batch cannot give.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +28,23 @@ def derive(seed: int, purpose: str, epoch: int = 0) -> int:
 def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
     """A private CPU generator for one purpose; the global one is neither read nor advanced."""
     return torch.Generator().manual_seed(derive(seed, purpose, epoch) & (2**63 - 1))
+
+
+@contextmanager
+def lent(seed: int, purpose: str, device: torch.device) -> Iterator[None]:
+    """The global generators, on a seed of one's own and put back: initial weights and dropout have no others.
+
+    Args:
+        seed: Of what is drawn inside; nothing else determines it.
+        purpose: What it is drawn for.
+        device: Whose generator is lent beside the CPU's.
+    """
+    key = derive(seed, purpose) & (2**63 - 1)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(key)
+        yield
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -25,7 +25,7 @@ from classifiers.weights import content_hash
 from datamodules.datamodule import Changes, Facts, ImageDataModule
 from datamodules.errors import InputError, bad
 from datamodules.imageset import ImageSet, Overlay
-from datamodules.random import derive
+from datamodules.random import lent
 from datamodules.rewrite import Rewrite
 from datamodules.store import Store, entry_digest, load_tensors, save_tensors
 from poisoning.choosing import check_fraction, choose
@@ -220,7 +220,7 @@ class NoisePoison(Rewrite):
         if train.labels.ndim != 1:
             raise InputError(f"{type(self).__name__}: the base has soft labels; add the noise before they are made")
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        with _own_randomness(self.seed, device):
+        with lent(self.seed, "surrogate", device):
             surrogate = ImageClassifier(self.backbone, self.num_classes, self.image_shape, self.mean, self.std)
             key = {
                 "method": type(self).__name__,
@@ -258,17 +258,6 @@ class NoisePoison(Rewrite):
                 bar.update(task, completed=done, description=f"{type(self).__name__}: {text}")
 
             yield report
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Initial weights and dropout come from global generators: they are lent a seed of our own, and put back."""
-    key = derive(seed, "surrogate") & (2**63 - 1)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(key)
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(key)
-        yield
 
 
 def check_positive(**values: float) -> None:

@@ -31,7 +31,7 @@ from datamodules.datamodule import ImageDataModule
 from datamodules.errors import bad
 from datamodules.imageset import ImageSet
 from datamodules.measures import clustered, wilson
-from datamodules.random import derive, generator
+from datamodules.random import derive, generator, lent
 from experiments.registry import configs_folder, import_all
 from poisoning.collision import Collision, blend, collide, default_beta
 from poisoning.extractor import feature_size, features_in_parts, load_extractor
@@ -77,18 +77,19 @@ def fine_tune(
         epochs: Passes over all images.
         batch_size: The last batch of an epoch may be smaller.
         learning_rate: Adam's.
-        seed: Of the order.
+        seed: Of the order and of dropout.
 
     Returns:
         The model, in evaluation mode.
     """
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator(seed, "order", epoch)).split(batch_size):
-            optimizer.zero_grad()
-            model.loss(model(images[rows].to(model.device)), labels[rows].to(model.device)).backward()
-            optimizer.step()
+    with lent(seed, "dropout", model.device):
+        for epoch in range(epochs):
+            for rows in torch.randperm(len(images), generator=generator(seed, "order", epoch)).split(batch_size):
+                optimizer.zero_grad()
+                model.loss(model(images[rows].to(model.device)), labels[rows].to(model.device)).backward()
+                optimizer.step()
     return model.eval()
 
 

@@ -398,6 +398,20 @@ def test_features_of_a_compiled_network() -> None:
     torch.testing.assert_close(features_of(net, x), expected)
 
 
+def test_features_of_a_layer_that_runs_twice_are_what_enters_it_last() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(self.layer(x.flatten(1)))
+            return out
+
+    net, x = Twice(), images(3, (1, 2, 2))
+    torch.testing.assert_close(features_of(net, x), net.layer(x.flatten(1)))
+
+
 def test_networks_without_features_are_refused() -> None:
     assert "no nn.Linear" in error_of(lambda: last_layer(nn.Sequential(nn.Flatten())))
     assert "(2, F) was expected" in error_of(lambda: features_of(nn.Linear(5, 4), images(2, (3, 5, 5))))

@@ -116,6 +116,8 @@ def test_dormant_channels_are_found_behind_batchnorm() -> None:
     apply(model.net, masks)
     assert model.net.norm(model.net.conv(torch.randn(9, 1, 1, 2)))[:, [0, 3]].abs().max() == 0
     assert dormant_masks(model.net, ["conv"], torch.zeros(4), 0.5)["conv.bias"].tolist() == [False, False, True, True]
+    for share, left in ((0.1, 4), (0.2, 3), (0.4, 2), (0.7, 1)):  # 0.4, 0.8, 1.6 and 2.8 channels
+        assert int(dormant_masks(model.net, ["conv"], found, share)["conv.bias"].sum()) == left
 
 
 @pytest.mark.parametrize(
@@ -188,17 +190,20 @@ def test_whoever_repairs_a_model_gets_nothing_of_its_optimizer(kind: type[ImageC
     assert seen.known == 0
 
 
-def test_a_resumed_run_prunes_what_it_began_with(weights: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [FinePruned, Pruned])
+def test_a_resumed_run_prunes_what_it_began_with(kind: type[ImageClassifier], weights: str, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, filename="first")
-    first = made(FinePruned, weights, share=0.5)
+    first = made(kind, weights, share=0.5)
     tiny_trainer(max_epochs=1, callbacks=[keep], enable_checkpointing=True).fit(first, datamodule=Digits())
     data = Digits()
     ImageClassifier(CNN, 10, data.image_shape, data.mean, data.std).save(weights)  # another one of that name
-    resumed = made(FinePruned, weights, share=0.5)
+    resumed = made(kind, weights, share=0.5)
     tiny_trainer(max_epochs=3).fit(resumed, datamodule=Digits(), ckpt_path=tmp_path / "first.ckpt")
-    gone = [model.net.get_submodule("body.4").weight.flatten(1).any(1) for model in (first, resumed)]
-    assert int(gone[0].sum()) == 4
-    assert torch.equal(*gone)
+    kept = [model.net.get_submodule("body.4").weight != 0 for model in (first, resumed)]
+    assert torch.equal(*kept)
+    assert not kept[0].all()
+    if kind is FinePruned:
+        assert int(kept[0].flatten(1).any(1).sum()) == 4
 
 
 def test_it_is_pruned_and_rounded_without_a_fit_too(weights: str) -> None:
@@ -226,6 +231,9 @@ def test_the_file_of_a_quantised_run_that_trained_is_on_the_grid(weights: str, t
 
     model = made(Quantised, weights, bits=4)
     tiny_trainer(max_epochs=1, callbacks=[Writes()]).fit(model, datamodule=Digits())
+    unwritten = made(Quantised, weights, bits=4)
+    tiny_trainer(max_epochs=1).fit(unwritten, datamodule=Digits())
+    assert all(len(channel.unique()) <= 15 for channel in unwritten.net.get_submodule("body.4").weight)
     written = load_classifier(tmp_path / "int4.safetensors").net.get_submodule("body.4").weight
     assert all(len(channel.unique()) <= 15 for channel in written)
     assert torch.equal(written, model.net.get_submodule("body.4").weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -200,6 +201,15 @@ def test_a_truncated_file_is_refused(saved: Path, share: float) -> None:
     saved.with_suffix(".ckpt").write_bytes(checkpoint[: int(share * len(checkpoint))])
     with refused("weights.ckpt"):
         load_weights(saved.with_suffix(".ckpt"))
+
+
+def test_weights_of_another_normalisation_are_warned_of(saved: Path) -> None:
+    other = [0.25] * len(MEAN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cnn(weights=str(saved))
+    with pytest.warns(UserWarning, match="trained with another mean and std"):
+        ImageClassifier(partial(SmallCNN, widths=[4, 6]), 7, SHAPE, other, STD, weights=str(saved))
 
 
 def test_weights_that_do_not_fit_are_refused(saved: Path) -> None:

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 from datamodules.augment import FlipCrop, crop, flip
 from datamodules.imageset import fingerprint
 from datamodules.random import draw
-from tests.helpers import global_randomness_untouched, refused, uniformity
+from datamodules.sources.digits import Digits
+from tests.helpers import Watched, global_randomness_untouched, mlp, refused, tiny_trainer, uniformity
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -162,6 +163,26 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert torch.equal(images, numbered_pixels(200))  # the input is not changed
     # one id: over 60 epochs it is not always cut alike
     assert len({fingerprint(augment(images[:1], ids[:1], 0, epoch)) for epoch in range(60)}) > 30
+
+
+def test_training_batches_are_augmented_by_epoch_and_no_others() -> None:
+    augment = FlipCrop(2, flip=False)
+    data = Digits(batch_size=2000, eval_batch_size=2000, augment=augment, seed=3, val_fraction=0.1)
+    model = mlp(data, backbone=Watched)
+    Watched.seen.clear()
+    tiny_trainer(max_epochs=2).fit(model, data)
+    seen, Watched.seen[:] = list(Watched.seen), []
+    assert [training for training, _ in seen] == [True, False, True, False]
+
+    def sums(images: Tensor) -> Tensor:
+        return model.normalise(images).sum((1, 2, 3)).sort().values
+
+    train = data.train_set.__getitems__(torch.arange(len(data.train_set)))
+    held = data.val_set.images_at(torch.arange(len(data.val_set)))
+    for epoch in (0, 1):
+        shown = augment(train.images, train.ids, 3, epoch)
+        assert torch.allclose(sums(shown), seen[2 * epoch][1].sum((1, 2, 3)).sort().values, atol=1e-4)
+        assert torch.allclose(model.normalise(held), seen[2 * epoch + 1][1], atol=1e-6)
 
 
 def test_real_images_are_augmented_as_bytes_are() -> None:

@@ -211,6 +211,8 @@ def test_an_evaluation_needs_a_target_for_each_image() -> None:
     Evaluation("clean", images, (good, Measure("soft", torch.rand(5, 4))))
     with refused("measure 'short'", "4 targets", "5 images"):
         Evaluation("clean", images, (good, Measure("short", torch.zeros(4, dtype=torch.int64))))
+    with refused("'long'", "6 targets for 5 images"):
+        Evaluation("clean", images, (good, Measure("long", torch.zeros(6, dtype=torch.int64))))
 
 
 def test_numbered_rows_and_padding() -> None:

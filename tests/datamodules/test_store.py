@@ -488,6 +488,16 @@ def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_a_file_is_replaced_and_never_written_over(tmp_path: Path) -> None:
+    """Who has a map of the old file goes on seeing it."""
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"x": torch.arange(4)})
+    old = load_tensors(path)["x"]
+    save_tensors(path, {"x": torch.arange(10, 14)})
+    assert old.tolist() == [0, 1, 2, 3]
+    assert load_tensors(path)["x"].tolist() == [10, 11, 12, 13]
+
+
 def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"x": torch.arange(4)})

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from classifiers.backbones import MLP
 from classifiers.classifier import load_classifier
 from datamodules.imageset import ImageSet
+from datamodules.measures import wilson
 from datamodules.sources.digits import Digits
 from experiments.bulk import end_to_end as study
 from experiments.bulk.end_to_end import end_to_end, fine_tune
 from experiments.bulk.poison_frogs import one_shot
-from tests.helpers import Watched, mlp
+from tests.helpers import Watched, global_randomness_untouched, mlp
 
 
 def digits() -> Digits:
@@ -64,6 +65,12 @@ def test_clean_label_is_what_the_judge_takes_for_the_bases_class(
     assert crafted["unmodified_base_clean_label"]["value"] == kept["base"]
 
 
+END: dict[str, Any] = {
+    "source": "data/digits.yaml", "target_label": 3, "base_label": 5, "trials": 4, "images": 40, "poisons": 2,
+    "iterations": 2, "epochs": 1,
+}  # fmt: skip
+
+
 # --- end to end -------------------------------------------------------------------------------------------------------
 def test_a_victim_is_trained_with_dropout_and_its_batch_norm_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -71,18 +78,56 @@ def test_a_victim_is_trained_with_dropout_and_its_batch_norm_learns(tmp_path: Pa
     warm.save(tmp_path / "warm.safetensors")
     warm = load_warm(tmp_path / "warm.safetensors")
     before = {name: value.clone() for name, value in warm.net.named_buffers()}
-    images, labels = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 10
     Watched.seen.clear()
-    victim = fine_tune(warm, images, labels, 2, 5, 1e-3, 0)
-    seen, Watched.seen[:] = [training for training, _ in Watched.seen], []
-    assert seen == [True] * 8
+    victim = fine_tune(warm, *few_images(), 2, 5, 1e-3, 0)
+    seen, Watched.seen[:] = list(Watched.seen), []
+    assert [training for training, _ in seen] == [True] * 8
+    fine_tune(load_warm(tmp_path / "warm.safetensors"), *few_images(), 1, 5, 1e-3, seed=1)
+    first, second, other = (torch.cat([x for _, x in part]) for part in (seen[:4], seen[4:], Watched.seen))
+    assert not torch.equal(first, second)  # each epoch has an order of its own
+    assert not torch.equal(first, other)  # and each seed
     assert not victim.training
+    # dropout is of the seed, whatever was drawn before
+    again = load_warm(tmp_path / "warm.safetensors")
+    with global_randomness_untouched():
+        fine_tune(again, *few_images(), 2, 5, 1e-3, 0)
+    assert all(torch.equal(one, other) for one, other in zip(victim.parameters(), again.parameters(), strict=True))
     assert int(victim.net.get_buffer("body.2.num_batches_tracked")) == 8
     assert not torch.equal(victim.net.get_buffer("body.2.running_mean"), before["body.2.running_mean"])
 
 
+def few_images() -> tuple[Tensor, Tensor]:
+    noise = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=noise), torch.arange(20) % 10
+
+
 def load_warm(path: Path) -> Any:
     return load_classifier(path, Watched)
+
+
+def test_the_judge_of_a_control_knows_a_target_from_a_base(knowing: str, tmp_path: Path) -> None:
+    [row] = end_to_end(
+        tmp_path, 0, weights=knowing, judge=knowing, crafted=False, opacity=1.0, **{**END, "poisons": 5, "trials": 6}
+    )
+    assert row["poison"] == "the target itself"
+    assert row["clean_label"]["value"] == 0  # targets are images that the network gets right
+    assert row["clean_label_of_bases"]["value"] > 0.8
+    # 30 images, but six targets: what is known of one is known of its copies
+    assert row["clean_label"]["high"] == pytest.approx(wilson(0, 6).high)
+
+
+def test_each_victim_begins_at_the_warm_start(knowing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Tensor] = []
+    tune = study.fine_tune
+
+    def noted(model: Any, *rest: Any) -> Any:
+        begun.append(model.net.head.weight.detach().clone())
+        return tune(model, *rest)
+
+    monkeypatch.setattr(study, "fine_tune", noted)
+    end_to_end(tmp_path, 0, weights=knowing, opacity=0.3, **{**END, "learning_rate": 0.01})
+    assert len(begun) == 4
+    assert all(torch.equal(each, begun[0]) for each in begun)
 
 
 class Knows(nn.Module):
@@ -106,10 +151,7 @@ class Knows(nn.Module):
 def test_targets_do_not_count_in_the_clean_accuracy(
     knowing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {
-        "weights": knowing, "source": "data/digits.yaml", "target_label": 3, "base_label": 5, "trials": 4, "images": 40,
-        "poisons": 2, "opacity": 0.3, "iterations": 2, "epochs": 1,
-    }  # fmt: skip
+    options: dict[str, Any] = {"weights": knowing, "opacity": 0.3, **END}
     end_to_end(tmp_path, 0, **options)
     with (tmp_path / "trials.csv").open(newline="") as file:
         targets = {int(line["target_id"]) for line in csv.DictReader(file)}
@@ -120,3 +162,6 @@ def test_targets_do_not_count_in_the_clean_accuracy(
     assert row["target_success"]["value"] == 1
     accuracy = row["clean_accuracy"]
     assert (accuracy["value"] if isinstance(accuracy, dict) else accuracy) == 1
+    model = Knows(digits().test_set, targets, 7)  # wrong, but not as the attacker wants it
+    [row] = end_to_end(tmp_path, 0, **options)
+    assert (row["target_success"]["value"], row["target_misclassified"]["value"]) == (0, 1)

@@ -14,7 +14,7 @@ from classifiers.backbones import SmallCNN
 from classifiers.classifier import ImageClassifier
 from datamodules.sources.digits import Digits
 from poisoning.bullseye_polytope import BullseyePolytope, centre, off_centre
-from poisoning.targets import box, in_place, rounded, target_row
+from poisoning.targets import Confidence, box, in_place, rounded, target_row
 from tests.helpers import global_randomness_untouched, mlp, refused, some_images, tiny_trainer
 
 
@@ -52,6 +52,14 @@ def digits_task(targets: int = 3, poisons: int = 5) -> tuple[Tensor, Tensor]:
     data.setup()
     images = data.train_set.images_at(torch.arange(targets * (poisons + 1)))
     return images[:targets], images[targets:].unflatten(0, (targets, poisons))
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+def test_confidence_is_the_mean_probability_of_the_wanted_class() -> None:
+    metric = Confidence()
+    metric.update(torch.tensor([[1.0, 1.0], [1.0, 4.0], [9.0, 1.0]]).log(), torch.tensor([1, 0, -1]))
+    metric.update(torch.tensor([[1.0, 3.0]]).log(), torch.tensor([1]))
+    assert float(metric.compute()) == pytest.approx((0.5 + 0.2 + 0.75) / 3)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -115,6 +123,10 @@ def test_epsilon_holds_after_rounding_and_at_the_ends_of_the_scale() -> None:
     low, high = box(bases, 8)
     assert rounded(low).flatten().tolist() == [0, 0, 120, 244, 247]
     assert rounded(high).flatten().tolist() == [8, 11, 136, 255, 255]
+
+
+def test_pixels_are_rounded_to_the_nearest_level() -> None:
+    assert rounded(torch.tensor([0.0, 0.4, 0.6, 7.49, 7.51, 254.6, 255.0]) / 255).tolist() == [0, 0, 1, 7, 8, 255, 255]
 
 
 @pytest.mark.parametrize("epsilon", [1, 8, 40])
@@ -315,6 +327,11 @@ def test_what_cannot_be_is_refused_at_once(weights: str, kwargs: dict[str, Any],
 def test_what_the_data_do_not_allow_is_refused_before_training(weights: str, tmp_path: Path) -> None:
     with refused("poisons = 500", "training images of class 5"):
         ready(weights, poisons=500)
+    data = bullseye(weights)
+    data.base.setup("fit")
+    there = (data.base.train_set.labels == 5).nonzero().squeeze(1)
+    data.poisons = len(there)  # all of them are not too many
+    assert torch.equal(data.bases(data.base.train_set), there)
     with refused("target = 999"):
         ready(weights, target=999)
     with refused("no such file"):

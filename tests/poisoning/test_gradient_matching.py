@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from classifiers.backbones import SmallCNN
 from classifiers.classifier import ImageClassifier, load_classifier
 from datamodules.augment import FlipCrop
-from datamodules.imageset import ImageSet
+from datamodules.imageset import ImageSet, Overlay
 from datamodules.sources.digits import Digits
 from poisoning.gradient_matching import GradientMatching, Matched, flip_crop, gradients, match, mismatch
 from tests.helpers import global_randomness_untouched, mlp, refused, tiny_trainer
@@ -357,8 +357,7 @@ def test_what_cannot_be_crafted_is_refused(network: ImageClassifier) -> None:
 # --- the datamodule ---------------------------------------------------------------------------------------------------
 def matching(weights: str, **kwargs: Any) -> GradientMatching:
     options: dict[str, Any] = {"target_label": 3, "base_label": 5, "target": 0, "iterations": 8, "restarts": 2}
-    data = GradientMatching(Digits(), weights, **{**options, **kwargs})
-    return data
+    return GradientMatching(**{"base": Digits(), "weights": weights, **options, **kwargs})
 
 
 def ready(weights: str, **kwargs: Any) -> GradientMatching:
@@ -379,6 +378,7 @@ def test_one_per_cent_of_the_training_set_and_only_of_the_base_class(weights: st
     change = (train.images_at(own).int() - plain.images_at(own).int()).abs()
     facts = data.facts()
     assert facts["epsilon_reached"] == int(change.max()) == 16
+    assert facts["poison_l2"] == pytest.approx(float((change / 255).flatten(1).norm(dim=1).mean()))
     others = (~torch.isin(plain.ids, changes.ids)).nonzero().squeeze(1)
     assert torch.equal(train.images_at(others), plain.images_at(others))
     target = data.test_set.images_at((data.test_set.labels == 3).nonzero().squeeze(1)[:1])
@@ -410,6 +410,44 @@ def test_each_setting_is_another_crafting(weights: str, monkeypatch: pytest.Monk
     for number, setting in enumerate(settings, start=2):
         ready(weights, **{**few, **setting})
         assert len(calls) == number, setting
+
+    class Renamed(Digits):
+        @property
+        def train_set(self) -> ImageSet:
+            whole = super().train_set
+            return Overlay(whole, torch.arange(len(whole)), ids=whole.ids + 10_000)
+
+    class Swapped(Digits):
+        @property
+        def train_set(self) -> ImageSet:
+            whole = super().train_set
+            swap = torch.tensor([0, 1, 2, 3, 4, 6, 5, 7, 8, 9])
+            return Overlay(whole, torch.arange(len(whole)), labels=swap[whole.labels])
+
+    class Few(Digits):
+        @property
+        def train_set(self) -> ImageSet:
+            return super().train_set.select(torch.arange(50))
+
+    all_of_it = int((digits().labels[:50] == 5).sum()) / 50  # whatever the seed, the bases are the same
+
+    class Another(GradientMatching):
+        pass
+
+    known = len(calls)
+    for number, (kind, changed) in enumerate(
+        (
+            (GradientMatching, {"base": Renamed()}),  # noise and augmentation are drawn by ids
+            (GradientMatching, {"base": Swapped(), "base_label": 6}),  # the same images under another label
+            (Another, {}),
+            (GradientMatching, {"base": Few(), "poison_fraction": all_of_it}),
+            (GradientMatching, {"base": Few(), "poison_fraction": all_of_it, "seed": 1}),
+        ),
+        start=1,
+    ):
+        options = {"base": Digits(), "target_label": 3, "base_label": 5, "target": 0, "weights": weights, **few}
+        kind(**{**options, **changed}).prepare_data()
+        assert len(calls) == known + number, changed
 
 
 def test_it_can_be_trained_and_measured(weights: str) -> None:

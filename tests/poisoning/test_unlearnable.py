@@ -325,6 +325,14 @@ def test_in_a_round_a_share_has_its_turn_and_in_the_end_all_have(own_cache: Path
     assert 4 <= facts["crafting_rounds"] < 40  # type: ignore[operator]
 
 
+def test_every_cycle_of_parts_has_an_order_of_its_own() -> None:
+    parts = Unlearnable(Digits(), **QUICK, share=0.25)._parts(101)
+    cycles = [[next(parts) for _ in range(5)] for _ in range(3)]  # of 25, and the one that is left over
+    for cycle in cycles:
+        assert torch.equal(torch.cat(cycle).sort().values, torch.arange(101))
+    assert len({tuple(cycle[0].tolist()) for cycle in cycles}) == 3
+
+
 def test_dropout_of_the_surrogate_is_seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dropping(nn.Module):
         def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
