@@ -42,6 +42,8 @@ options
   --config   a YAML file, or the name of a shipped one (lightning list); later ones win
   --KEY=…    any key of the configuration: --trainer.max_epochs=3 --data.trigger=SinglePixel
   --resume   RUN: go on in that run's folder, from its last checkpoint
+             (Ctrl-C, SIGTERM and a hang-up end a run so that it can be gone on with;
+             under nohup and in a script's background, where Ctrl-C is ignored, SIGTERM does)
   --version  print the version
   --help     print this; after a command: all of its options (takes ten seconds)
 """

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import socket
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,55 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def environment(data_folder: Path, cache_folder: Path) -> Iterator[None]:
+def as_before() -> Iterator[None]:
+    """A test hands the process on as it got it; what it did not is put back where that can be done, and told of.
+
+    Set up before all others, so that what they restore is restored when this looks. The global generators are not
+    among it: each run seeds them, and no test rests on them.
+    """
+    before = _handed_on()
+    yield
+    after = _handed_on()
+    for number, handler in before["signal handlers"].items():
+        if handler is not None and signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+    os.chdir(before["working folder"])
+    torch.set_default_dtype(before["number type"])
+    changed = [f"{name}: {value} became {after[name]}" for name, value in before.items() if after[name] != value]
+    if changed:
+        warnings.warn(f"a test left another process behind than it found: {'; '.join(changed)}", stacklevel=1)
+
+
+def _handed_on() -> dict[str, Any]:
+    """What all tests of a process share, and what the process got from its parent."""
+    mask = os.umask(0)
+    os.umask(mask)
+    catchable = [number for number in signal.Signals if number not in (signal.SIGKILL, signal.SIGSTOP)]
+    return {
+        "signal handlers": {number: signal.getsignal(number) for number in catchable},
+        "environment": {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        "working folder": os.getcwd(),
+        "umask": mask,
+        "limits": [resource.getrlimit(limit) for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)],
+        "torch's threads": torch.get_num_threads(),
+        "threads that would keep the process": {t for t in threading.enumerate() if not t.daemon},
+        "number type": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "standard streams": (sys.__stdout__, sys.__stderr__),
+    }
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, whatever this process was begun by: nohup and a shell's background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def environment(as_before: None, data_folder: Path, cache_folder: Path) -> Iterator[None]:
     """Nothing of the machine's environment reaches a test; what a test sets, such as the run's seed, does not stay."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith(("PL_", "WANDB_", "SLURM_"))]:
@@ -55,7 +108,7 @@ def environment(data_folder: Path, cache_folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_network(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that would reach for another machine fails at once."""
     connect = socket.socket.connect
 

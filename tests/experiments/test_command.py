@@ -306,14 +306,8 @@ class Swallowed(Callback):
                 signal.raise_signal(signal.SIGINT)
 
 
-def test_a_swallowed_ctrl_c_ends_the_step() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        assert (
-            main(["fit", LINE, *QUIET, f"--trainer.callbacks+={__name__}.Swallowed", "--trainer.max_steps=1000"]) == 130
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_a_swallowed_ctrl_c_ends_the_step(interruptible: None) -> None:
+    assert main(["fit", LINE, *QUIET, f"--trainer.callbacks+={__name__}.Swallowed", "--trainer.max_steps=1000"]) == 130
     assert '"interrupted"' in (only_run() / "status.json").read_text()
 
 

@@ -63,7 +63,7 @@ def goes_on(lightning: Command, run: Path, expected: str) -> None:
 # --- signals ----------------------------------------------------------------------------------------------------------
 def ended_by(process: Fork, *numbers: int) -> Path:
     """The folder of the run that signals ended, as soon as it had a checkpoint."""
-    run = first_checkpoint(process).parent.parent
+    run = first_checkpoint(process, 120).parent.parent
     for number in numbers:
         process.send(number)
         time.sleep(0.02)
@@ -94,7 +94,7 @@ def ignore() -> None:
 
 def test_where_interrupts_are_ignored_sigterm_still_ends(undisturbed: str, lightning: Command, tmp_path: Path) -> None:
     with fork(SETTING, tmp_path / "log", environment=SLOW, before=ignore) as process:
-        first_checkpoint(process)
+        first_checkpoint(process, 120)
         for number in (signal.SIGINT, signal.SIGHUP):
             process.send(number)
         time.sleep(0.1)
@@ -126,10 +126,10 @@ def test_a_training_does_not_die_of_what_nobody_reads(bar: str, tmp_path: Path) 
 def test_one_of_two_processes_is_killed(dead: int, tmp_path: Path) -> None:
     """The other says so in one line and ends; the status is true whichever it was; the run goes on."""
     with ranks(SETTING, tmp_path, environment=SLOW) as processes:
-        run = first_checkpoint(processes[0]).parent.parent
+        run = first_checkpoint(processes[0], 120).parent.parent
         processes[dead].send(signal.SIGKILL)
         other = processes[1 - dead]
-        assert other.wait(60) == 1, other.text
+        assert other.wait() == 1, other.text
     (line,) = (line for line in other.text.splitlines() if line.startswith("lightning fit: "))
     assert "another process of this run is gone" in line
     assert "Traceback" not in other.text
