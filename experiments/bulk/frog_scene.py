@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classifiers.classifier import BackboneFactory
+from classifiers.classifier import BackboneFactory, ImageClassifier
 from classifiers.devices import accelerator
 from classifiers.folding import folded_classifier
-from classifiers.last_layers import scores
+from classifiers.last_layers import LastLayers, scores
 from datamodules.classes import Classes
 from datamodules.datamodule import ImageDataModule
 from datamodules.errors import InputError, bad
@@ -203,7 +203,7 @@ def make_scene(
     images = test.images_at(torch.arange(len(test)))
     known = attacker.features_of(test)
     # of all training images, whatever the draw of them: targets stay the same, and features are made once
-    eligible = unseen(images, pool.train_set)
+    eligible = _unseen(images, test, pool.train_set)
     pairs = pair_up(known.cpu(), test.labels, eligible, test.ids, choose, target_seed)
     order = draw(target_seed, "limit", 0, test.ids[pairs.targets])[:, 0].argsort(stable=True)[:limit]
     pairs = Pairs(*(part[order].to(known.device) for part in pairs))
@@ -217,6 +217,18 @@ def make_scene(
     apart = (known[pairs.bases] - known[pairs.targets]).norm(dim=1)
     found = None if judge is None else _judge(judge, data, pool, everything.num_classes)
     return Scene(attacker, attacked, found, images, test.ids, data.class_names, task, pairs, apart, unit)
+
+
+def _unseen(images: Tensor, test: ImageSet, train: ImageSet) -> Tensor:
+    """Which test images have no duplicate in training, see `unseen`; of large images from the store if it is there."""
+    if images[0].numel() < LARGE:
+        return unseen(images, train)
+
+    def make(folder: Path) -> None:
+        save_tensors(folder / "unseen.safetensors", {"unseen": unseen(images, train)})
+
+    folder = Store().build("unseen", {"test": test.digest(), "train": train.digest()}, make)
+    return load_tensors(folder / "unseen.safetensors")["unseen"]
 
 
 def _backbone(given: Mapping[str, Any], field: str) -> BackboneFactory:
@@ -241,15 +253,22 @@ def _rows_of(ids: Tensor, wanted: Tensor) -> Tensor:
 
 def _judge(given: Source, data: Classes, pool: Classes, known: int) -> Judge:
     """A classifier with its own last layer, or a new one on the features of a backbone that knows other classes."""
-    network = Network(given, data, "judge")
-    answers = _classifier(network, given, data, known) if isinstance(given, str) else _trained(network, pool)
-    test = data.test_set
-    right = [answers(test.images_at(part)) == test.labels[part] for part in torch.arange(len(test)).split(1024)]
-    return Judge(answers, share(torch.cat(right)))
+    network, test = Network(given, data, "judge"), data.test_set
+    if isinstance(given, str):
+        answers = _classifier(network.model, given, data, known)
+        found = torch.cat([answers(test.images_at(part)) for part in torch.arange(len(test)).split(1024)])
+        return Judge(answers, share(found == test.labels))
+    layer = _trained(network, pool)
+
+    def by_features(features: Tensor) -> Tensor:
+        return scores(layer, features)[0].argmax(1).cpu()
+
+    accuracy = share(by_features(network.features_of(test)) == test.labels)
+    return Judge(lambda images: by_features(network.features(images)), accuracy)
 
 
-def _classifier(network: Network, path: str, data: Classes, known: int) -> Callable[[Tensor], Tensor]:
-    model, classes = network.model, data.classes
+def _classifier(model: ImageClassifier, path: str, data: Classes, known: int) -> Callable[[Tensor], Tensor]:
+    classes = data.classes
     if model.num_classes not in (known, len(classes)):
         raise bad("judge", path, f"it knows {model.num_classes} classes; {known} or {len(classes)} are expected")
     number = torch.full((model.num_classes,), -1)
@@ -257,19 +276,13 @@ def _classifier(network: Network, path: str, data: Classes, known: int) -> Calla
 
     def answers(images: Tensor) -> Tensor:
         with torch.no_grad():
-            parts = images.split(network.together)
-            return number[torch.cat([model(part.to(model.device)).argmax(1).cpu() for part in parts])]
+            return number[torch.cat([model(part.to(model.device)).argmax(1).cpu() for part in images.split(256)])]
 
     return answers
 
 
-def _trained(network: Network, pool: Classes) -> Callable[[Tensor], Tensor]:
+def _trained(network: Network, pool: Classes) -> LastLayers:
     """A last layer on the features of all training images of the classes, by the victims' recipe."""
     features, labels = network.features_of(pool.train_set), pool.train_set.labels
     labels = labels.to(features.device)
-    layer = clean_layer(Task(features, labels, features[:0], labels[:0]), pool.num_classes, Recipe())
-
-    def answers(images: Tensor) -> Tensor:
-        return scores(layer, network.features(images))[0].argmax(1).cpu()
-
-    return answers
+    return clean_layer(Task(features, labels, features[:0], labels[:0]), pool.num_classes, Recipe())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from dataclasses import replace
 from functools import partial
@@ -215,12 +216,30 @@ def test_features_of_large_images_are_kept(
     monkeypatch.setattr(frog_scene, "LARGE", 64)
     assert one_shot(tmp_path, 0, **given) == plain
     kept = [each for each in (tmp_path / "cache" / "features").iterdir() if each.is_dir()]
-    assert len(kept) == 3  # test and training images, and the judge's of the latter
+    assert len(kept) == 4  # of test and training images, the extractor's and the judge's
     monkeypatch.setattr(frog_scene, "features_in_parts", never)
     data = Classes(Digits(), [3, 5])
     data.setup()
     network = frog_scene.Network(given["judge"], data, "judge")
     assert network.features_of(data.train_set).shape[1] == 16
+
+
+@pytest.mark.parametrize("size", ["quick", "mnist", "paper", "cifar", "real", "real_full", "imagenet"])
+def test_every_size_asks_for_what_there_is(size: str) -> None:
+    study = read_study(find_study("poison_frogs_one_shot"), size)
+    for stage in study.stages:
+        if stage.function is None:
+            continue
+        grid = {key.replace(".", "_"): values[0] for key, values in stage.grid.items()}
+        called = inspect.signature(one_shot).bind(Path(), 0, **{**stage.arguments, **stage.inputs, **grid})
+        assert "extractor" in called.arguments
+        networks = [called.arguments.get(name) for name in ("extractor", "judge", "victim")]
+        for given in networks:
+            if isinstance(given, dict):
+                assert set(given) == {"class_path", "init_args"}
+                assert given["class_path"] in ("EfficientNetLite", "InceptionV3")
+        if len(stage.seeds) > 1:  # of victims: what was crafted for one of them is there for all
+            assert called.arguments["target_seed"] == 0
 
 
 def test_the_published_size_on_small_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
