@@ -18,8 +18,9 @@ from datamodules.measures import wilson
 from datamodules.sources.digits import Digits
 from experiments.bulk import end_to_end as study
 from experiments.bulk.end_to_end import end_to_end, fine_tune
+from experiments.bulk.outcomes import Trials, outcome
 from experiments.bulk.poison_frogs import one_shot
-from tests.helpers import Watched, global_randomness_untouched, mlp
+from tests.helpers import Watched, global_randomness_untouched, mlp, some_images
 
 
 def digits() -> Digits:
@@ -165,3 +166,15 @@ def test_targets_do_not_count_in_the_clean_accuracy(
     model = Knows(digits().test_set, targets, 7)  # wrong, but not as the attacker wants it
     [row] = end_to_end(tmp_path, 0, **options)
     assert (row["target_success"]["value"], row["target_misclassified"]["value"]) == (0, 1)
+
+
+# --- triggerless attacks ----------------------------------------------------------------------------------------------
+def test_what_became_of_a_target_by_hand() -> None:
+    test = some_images(5)  # labels 0, 1, 2, 3, 0
+    drawn = Trials(torch.tensor([1]), torch.tensor([2]), torch.zeros(1, 1, dtype=torch.int64))
+    before, answers = (torch.eye(4)[labels] for labels in ([0, 1, 2, 3, 0], [0, 2, 2, 3, 1]))
+    for after, success, right in ((answers, True, False), (before, False, True), (torch.eye(4)[[3] * 5], False, False)):
+        found = outcome(0, after, before, test, drawn, 0)
+        others = after.argmax(1) == test.labels
+        assert (found.success, found.right, found.success_before, found.right_before) == (success, right, False, True)
+        assert (found.hits, found.cases) == (int(others[[0, 2, 3, 4]].sum()), 4)  # the target is not among them
