@@ -6,7 +6,6 @@ model code and no new metric code. It takes pixels as they are stored and normal
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from typing import Any, Self
 
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from classifiers.backbones.backbone import Backbone, features_of, last_layer, named_backbone
+from classifiers.schedules import schedule_settings
 from classifiers.torch_files import check_torch
 from classifiers.weights import Architecture, load_weights, save_weights, unwrapped
 from datamodules.datamodule import ImageDataModule
@@ -36,7 +37,8 @@ from datamodules.random import derive
 
 BackboneFactory = Callable[[tuple[int, int, int], int], Backbone] | Callable[[tuple[int, int, int], int], nn.Module]
 """Any network will do; of two classes of one name, such as torchvision's MLP and ours, YAML means the `Backbone`."""
-ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+ScheduleFactory = Callable[[Optimizer, int], LRScheduler] | Callable[[Optimizer], LRScheduler]
+"""Ours get the number of steps; torch's own may be told all by the configuration."""
 OptimizerFactory = Callable[[Any], Optimizer]
 
 _CHECK_EVERY = 50
@@ -160,6 +162,9 @@ class ImageClassifier(LightningModule):
         self._draws = any("drop" in type(module).__name__.lower() for module in self.net.modules())
         self._losses = Running()
         self._resumed: dict[str, Any] | None = None
+        self._gradients: dict[str, Tensor] = {}
+        self._lr: float | None = None
+        self._tuned: tuple[float | None, int | None] = None, None
 
     # --- answers -----------------------------------------------------------------------------------------------------
     def normalise(self, images: Tensor) -> Tensor:
@@ -202,7 +207,19 @@ class ImageClassifier(LightningModule):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def on_fit_start(self) -> None:
-        """Refuse labels that plain training cannot use; warn of a precision that the processor only imitates."""
+        """Refuse labels that plain training cannot use; warn of a precision that the processor only imitates.
+
+        What a tuner of Lightning's found since the optimizer was made, its schedule is made anew for.
+        """
+        if self._tuned != (self._lr, self._batch_size()):
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        if self.schedule_factory is not None and any(
+            isinstance(each, BaseFinetuning) for each in getattr(self.trainer, "callbacks", [])
+        ):
+            remedy = "a callback adds parameters on the way, which no schedule knows of; do without"
+            raise InputError(f"model.schedule: {remedy}: --model.schedule=null")
+        if any(isinstance(each, ModelPruning) for each in getattr(self.trainer, "callbacks", [])):
+            self.net.to(memory_format=torch.contiguous_format)  # torch's pruning flattens weights as they lie
         if type(self).training_step is ImageClassifier.training_step:  # another one may use unlabelled images
             labels = self._datamodule().train_set.labels
             unlabelled = int((~labelled(labels)).sum())
@@ -230,11 +247,15 @@ class ImageClassifier(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean loss of the epoch; stop if it is no number, before a checkpoint is written."""
+        """Log the mean loss of the epoch; stop if it is no number, before a checkpoint is written.
+
+        Of an epoch that was stopped inside the losses are kept: who goes on from its checkpoint ends it.
+        """
         if self._losses.count:
             self._check_loss()
             self.log("train/loss", self.mean_loss, sync_dist=True)
-            self._losses.clear()
+            if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                self._losses.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the epoch's losses so far; stop rather than write a model whose loss is no number, in mid-epoch too.
@@ -245,14 +266,46 @@ class ImageClassifier(LightningModule):
         self._check_loss()
         losses = self._losses
         checkpoint["losses"] = {"epoch": self.current_epoch, "sum": losses.sum.cpu(), "count": losses.count}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        inside = not progress.is_last_batch and progress.current.processed % self.trainer.accumulate_grad_batches
+        if inside:  # between the batches of one step, whose gradients are nowhere else
+            found = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
+            reduce = self.trainer.strategy.reduce
+            checkpoint["gradients"] = {
+                name: reduce(grad.clone(), reduce_op="mean").cpu() for name, grad in found.items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take note of the losses of the epoch."""
+        """Take note of the losses of the epoch, and of the gradients of a step that was begun.
+
+        Raises:
+            InputError: If the weights are those of another network.
+        """
+        self._check_state(checkpoint["state_dict"])
         self._resumed = checkpoint.get("losses")
+        self._gradients = checkpoint.get("gradients", {})
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        own = self.state_dict()
+        wrong = [
+            f"{name} has shape {tuple(getattr(state[name], 'shape', ()))}, expected {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in state and getattr(state[name], "shape", None) != value.shape
+        ]
+        wrong += [f"{name} is missing" for name in own if name not in state]
+        wrong += [f"{name} is left over" for name in state if name not in own]
+        if wrong and self.strict_loading:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            path = str(getattr(self.trainer, "ckpt_path", ""))
+            raise bad("ckpt_path", path, f"it is of another network than {type(self.net).__name__}: {wrong[0]}{more}")
 
     def on_train_start(self) -> None:
         """Go on with the losses of an epoch that is resumed in its middle."""
         losses, self._resumed = self._resumed, None
+        gradients, self._gradients = self._gradients, {}
+        for name, value in self.named_parameters():
+            if name in gradients:
+                value.grad = gradients[name].to(value, memory_format=torch.preserve_format)
         self._losses.clear()
         if losses is not None and losses["epoch"] == self.current_epoch:
             self._losses.sum, self._losses.count = losses["sum"].to(self.device), losses["count"]
@@ -282,24 +335,32 @@ class ImageClassifier(LightningModule):
         if isinstance(optimizer, LBFGS | SparseAdam):  # one asks for the loss again and again, one for sparse gradients
             remedy = "it does not fit training by batches of images; choose torch.optim.SGD or torch.optim.AdamW"
             raise bad("optimizer", type(optimizer).__name__, remedy)
+        for group in optimizer.param_groups if self._lr is not None else ():
+            group["lr"] = self._lr
         return optimizer
+
+    @property
+    def lr(self) -> float:
+        """The optimizer's learning rate, where Lightning's learning-rate finder looks for it and sets it."""
+        groups = self.make_optimizer().param_groups if self._lr is None else [{"lr": self._lr}]
+        return float(groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self._lr = rate
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the configuration, with its schedule, step by step."""
         optimizer = self.make_optimizer()
+        self._tuned = self._lr, self._batch_size()
         if self.schedule_factory is None:
             return optimizer
-        _check_schedule(self.schedule_factory)
         steps = self.total_steps()
         if steps == float("inf"):
             raise bad("trainer.max_epochs", self.trainer.max_epochs, "a schedule needs an end; give a number of epochs")
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": _made("schedule", self.schedule_factory, optimizer, int(steps)),
-                "interval": "step",
-            },
-        }
+        extra, settings = schedule_settings(self.schedule_factory, int(steps))
+        schedule = _made("schedule", partial(self.schedule_factory, **extra), optimizer, *settings.pop("steps", ()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **settings}}
 
     def total_steps(self) -> float:
         """Steps of the schedule."""
@@ -313,6 +374,18 @@ class ImageClassifier(LightningModule):
 
         return [EMAWeightAveraging(decay=self.ema)]
 
+    @property
+    def backbone(self) -> nn.Module:
+        """All layers but the last, for Lightning's `BackboneFinetuning`; a view of them, which holds nothing itself."""
+        last = set(last_layer(self.net).modules())
+        parts = [module for module in self.net.modules() if module not in last and last.isdisjoint(module.modules())]
+        inner = {child for part in parts for child in part.modules() if child is not part}
+        return nn.ModuleList([part for part in parts if part not in inner])
+
+    def _batch_size(self) -> int | None:
+        data = getattr(self.trainer, "datamodule", None)
+        return data.loading.batch_size if isinstance(data, ImageDataModule) else None
+
     def _reseed(self, batch_idx: int) -> None:
         """Make dropout depend on (seed, step, rank, batch of the step) alone: the same after resuming."""
         seed = self._datamodule().loading.training_seed()
@@ -325,7 +398,8 @@ class ImageClassifier(LightningModule):
             torch.default_generator.manual_seed(key)
 
     def _check_loss(self) -> None:
-        if self._losses.count and not bool(torch.isfinite(self._losses.sum)):
+        searching = any(isinstance(each, _LRCallback) for each in getattr(self.trainer, "callbacks", []))
+        if self._losses.count and not bool(torch.isfinite(self._losses.sum)) and not searching:
             saved = any(callback._last_checkpoint_saved for callback in self._checkpointing())
             more = "; the last checkpoint is from before" if saved or self.trainer.ckpt_path else ""
             raise InputError(
@@ -497,7 +571,7 @@ class ImageClassifier(LightningModule):
 
     def save(self, path: str | Path) -> str:
         """Write a weights file, from which `load_classifier` rebuilds this; its content hash."""
-        return save_weights(full_path(path), self.net.state_dict(), self.architecture)
+        return save_weights(full_path(path), _without_masks(self.net.state_dict()), self.architecture)
 
 
 def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -> ImageClassifier:
@@ -538,6 +612,15 @@ def load_classifier(path: str | Path, backbone: BackboneFactory | None = None) -
     return model.eval()
 
 
+def _without_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What torch's pruning keeps as weights and masks, as the weights that answer."""
+    found = dict(state)
+    for name in [name for name in state if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state]:
+        plain = name.removesuffix("_orig")
+        found[plain] = found.pop(name) * found.pop(f"{plain}_mask")
+    return found
+
+
 def _made(field: str, factory: Callable[..., Any], *given: Any) -> Any:
     """What `factory` makes of `given`; a value of the configuration that it refuses, in one line."""
     try:
@@ -556,17 +639,6 @@ def _made(field: str, factory: Callable[..., Any], *given: Any) -> Any:
         some = ", ".join(f"{name}={values[name]!r}" for name in named or values)
         name = getattr(kind, "__name__", type(kind).__name__)
         raise InputError(f"{field} = {name}({some}): refused ({text}); give other values") from error
-
-
-def _check_schedule(factory: Callable[..., Any]) -> None:
-    """Refuse a schedule of torch that would take the number of steps for something else."""
-    kinds = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
-    for kind in kinds:
-        if isinstance(kind, type) and kind.__module__ == LRScheduler.__module__:
-            second = list(inspect.signature(kind).parameters)[1]
-            if second not in ("T_max", "T_0", "total_iters"):
-                remedy = f"it would take the number of steps for {second}; choose OneCycle or Cosine"
-                raise InputError(f"schedule = {kind.__name__}: {remedy}")
 
 
 def _describe(

@@ -6,13 +6,64 @@ once the trainer is.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from datamodules.errors import bad
+from datamodules.errors import InputError, bad
+
+_LENGTHS = ("T_max", "T_0", "total_iters", "total_steps")
+"""What torch's schedules call their length."""
+
+
+def schedule_settings(factory: Callable[..., Any], steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a schedule is made and stepped.
+
+    Ours get the number of steps of the training and go step by step. One of torch's goes by epochs, as everywhere in
+    Lightning, unless its length is left out: then it lasts as long as training, and goes step by step.
+
+    Args:
+        factory: Of the configuration.
+        steps: Of the training.
+
+    Returns:
+        Arguments for `factory`; and Lightning's settings, with ``steps``, a tuple, for what gets them in their place.
+
+    Raises:
+        InputError: If it is one of torch's and lacks an argument.
+    """
+    kinds = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+    kind = next((each for each in kinds if isinstance(each, type)), None)
+    if kind is None or not any(base.__module__ == LRScheduler.__module__ for base in (kind, *kind.__bases__)):
+        return {}, {"interval": "step", "steps": (steps,)}
+    if issubclass(kind, LambdaLR) and kind is not LambdaLR:
+        return {}, {"interval": "step", "steps": (steps,)}
+    parameters = [
+        each for each in inspect.signature(kind).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    parameters = parameters[1:]
+    keywords = factory.keywords if isinstance(factory, partial) else {}
+    given = {each.name for each in parameters if keywords.get(each.name, each.default) is not each.default}
+    length = next((each.name for each in parameters if each.name in _LENGTHS), None)
+    alone = length is not None and length not in given and (length == "total_steps" or length == parameters[0].name)
+    if alone and length == "total_steps" and {"epochs", "steps_per_epoch"} <= given:
+        alone = False
+    extra = {str(length): steps} if alone else {}
+    needed = [each.name for each in parameters if each.default is each.empty and each.name not in {*given, *extra}]
+    if needed:
+        remedy = f"it needs {' and '.join(needed)}; one that needs nothing is Cosine, OneCycle or Steps"
+        raise InputError(f"schedule = {kind.__name__}: {remedy}")
+    by_steps = alone or length == "total_steps" or issubclass(kind, CyclicLR)
+    settings: dict[str, Any] = {"interval": "step" if by_steps else "epoch"}
+    if issubclass(kind, ReduceLROnPlateau):
+        highest = keywords.get("mode", "min") == "max"
+        settings["monitor"] = keywords.get("monitor") or ("val/clean_accuracy" if highest else "train/loss")
+    return extra, settings
 
 
 class OneCycle(LambdaLR):

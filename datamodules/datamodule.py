@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,19 @@ class ImageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def evaluations(self, split: str) -> list[Evaluation]:
         """What to measure on ``"val"`` or ``"test"``."""
+
+    @property
+    def batch_size(self) -> int:
+        """Training samples in a batch, where Lightning's batch-size finder looks for it and sets it."""
+        return self.loading.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.resize_batches(size)
+
+    def resize_batches(self, size: int) -> None:
+        """Make training batches of another size from now on."""
+        raise bad("batch_size", size, f"{type(self).__name__} has batches of one size; give it in the configuration")
 
     def changes(self) -> list[Changes]:
         """What the rewrites changed, innermost first."""
@@ -280,6 +293,10 @@ class Source(ImageDataModule):
     def loading(self) -> Loading:
         """How batches are made."""
         return self._loading
+
+    def resize_batches(self, size: int) -> None:
+        """Make training batches of another size from now on."""
+        self._loading = replace(self._loading, batch_size=size)
 
     def setup(self, stage: str = "fit") -> None:
         """Read the images and hold the validation set out of train, once."""

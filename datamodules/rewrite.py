@@ -92,6 +92,10 @@ class Rewrite(ImageDataModule):
         """The base's."""
         return self.base.loading
 
+    def resize_batches(self, size: int) -> None:
+        """Resize the base's."""
+        self.base.resize_batches(size)
+
     @property
     def num_classes(self) -> int:  # type: ignore[override]
         """The base's."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from classifiers.weights import load_checkpoint
 from datamodules.errors import bad
 from datamodules.files import write_atomically
+from experiments.resuming import check_content
+
+WORDS = ("best", "last", "hpc")
+"""What Lightning takes for ``ckpt_path`` beside a path."""
+
+_SHARDED = ("meta.pt", ".metadata", "checkpoint")
+"""What is in a folder that is a checkpoint itself, of FSDP, of several devices, of DeepSpeed."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -35,15 +45,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(Path(path))
 
 
-def check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str, command: str | None = None) -> None:
     """Refuse, before any work, a checkpoint that cannot be loaded. Lightning's words – last, best – are left to it.
 
+    Args:
+        path: As given.
+        command: What it is for: ``fit`` wants the state of training too; None: nothing is asked of its content.
+
     Raises:
-        InputError: If it comes from elsewhere, is not there, is damaged, or might run code.
+        InputError: If it comes from elsewhere, is not there, is damaged, might run code, or is no checkpoint.
     """
     if "://" in path:
         raise bad("ckpt_path", path, "one from elsewhere is not loaded; download it, and check who made it")
-    if Path(path).is_file():
-        load_checkpoint(Path(path))
-    elif path not in ("best", "last", "hpc") and not Path(path).is_dir():
-        raise bad("ckpt_path", path, "there is no such file")
+    place = Path(path)
+    if place.is_file():
+        content = load_checkpoint(place)
+        if command is not None:
+            check_content(path, content, command)
+    elif path in WORDS or any((place / name).exists() for name in _SHARDED):
+        return
+    elif (place / "config.yaml").is_file():
+        raise bad("ckpt_path", path, f"it is a run's folder; go on in it: --resume {path}, or name a file in {path}")
+    else:
+        remedy = "it is a folder; name a file in it" if place.is_dir() else "there is no such file"
+        raise bad("ckpt_path", path, remedy)
+
+
+def check_word(word: str, callbacks: Sequence[Callback]) -> None:
+    """Refuse Lightning's words for checkpoints where there is none: it would go on without, or know of no best.
+
+    Args:
+        word: What was given as ``ckpt_path``.
+        callbacks: The trainer's.
+
+    Raises:
+        InputError: If no callback has kept what is asked for.
+    """
+    folders = [each.dirpath for each in callbacks if isinstance(each, ModelCheckpoint) and each.dirpath]
+    kept = any(any(Path(folder).glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt")) for folder in folders)
+    if word in WORDS and not (word == "last" and kept):
+        remedy = "this run has none yet; name a file, or go on in another run's folder: --resume RUN"
+        raise bad("ckpt_path", word, remedy)

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
@@ -26,13 +27,14 @@ from datamodules.errors import InputError, bad
 from datamodules.measures import Interval
 from experiments import aftermath, environment, ranks, rundir
 from experiments.arguments import last_checkpoint, prepare
-from experiments.checkpoints import check_checkpoint
+from experiments.checkpoints import check_checkpoint, check_word
 from experiments.complaints import input_error, one_line
 from experiments.documents import check_yaml, read_yaml
 from experiments.foreign import blamed, check_nulls, out_of_memory
 from experiments.memory import keep_freed_memory
-from experiments.parts import callbacks_of, plugins_of
+from experiments.parts import callbacks_in, callbacks_of, is_default_logger, make_plain, plugins_of
 from experiments.record import Record, print_table
+from experiments.refusals import refusal_of
 from experiments.registry import configs_folder, import_all, shipped
 from experiments.runlock import RunLock
 from experiments.seeds import chosen_seed
@@ -105,8 +107,10 @@ class Parser(LightningArgumentParser):
 
     def resolved(self, *args: Any, **kwargs: Any) -> str:
         """A configuration as text, as it is used."""
-        text: str = super().dump(*args, **kwargs)
-        return text
+        with warnings.catch_warnings():  # of text where a function may stand, too: it is kept behind a remark
+            warnings.filterwarnings("ignore", r"\s*Unable to serialize instance")
+            text: str = super().dump(*args, **kwargs)
+        return text.replace("Unable to serialize instance ", "")
 
 
 class CommandLine(LightningCLI):
@@ -173,7 +177,7 @@ class CommandLine(LightningCLI):
         """Refuse a bad checkpoint before anything else; what hyper-parameters it holds change nothing."""
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and not self.resumed:  # see `_hold`
-            check_checkpoint(str(path))
+            check_checkpoint(str(path), self.config.subcommand)
 
     def _set_seed(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -192,6 +196,7 @@ class CommandLine(LightningCLI):
         check_classes(config, ())
         check_nulls(config.model, "model", LINKED)
         check_nulls(config.data, "data")
+        make_plain(config)
         dump = self.parser_of(self.subcommand).resolved(config, skip_unset=False, skip_link_targets=True)
         content = yaml.safe_load(dump)
         self.resolved = {key: content[key] for key in KEPT}
@@ -203,7 +208,7 @@ class CommandLine(LightningCLI):
                 aftermath.settle_all(self.folder)
                 self.folder = rundir.fresh(root, self.name)
         config.trainer.default_root_dir = str(self.folder)
-        if not self.keep or (config.trainer.barebones and _is_default_logger(config.trainer.logger)):
+        if not self.keep or (config.trainer.barebones and is_default_logger(config.trainer.logger)):
             config.trainer.logger = False
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:
@@ -229,7 +234,7 @@ class CommandLine(LightningCLI):
             if first:
                 aftermath.tidy(self.folder)
             config.ckpt_path = str(last_checkpoint(self.folder))
-            check_checkpoint(config.ckpt_path)
+            check_checkpoint(config.ckpt_path, self.subcommand)
         except BaseException:
             self.lock.release()
             raise
@@ -238,6 +243,7 @@ class CommandLine(LightningCLI):
         """Make data, model and trainer; a folder that was made for nothing goes."""
         try:
             super().instantiate_classes()
+            check_word(str(self.config[self.subcommand].get("ckpt_path")), callbacks_in(self.trainer))
             if self.subcommand == "fit" and isinstance(self.model, ImageClassifier):
                 self.model.make_optimizer()  # a value that it refuses is told before any costly work
         except BaseException:
@@ -254,7 +260,9 @@ class CommandLine(LightningCLI):
         callbacks = config.trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         checkpointing = config.trainer.enable_checkpointing is not False and not config.trainer.barebones
-        callbacks = callbacks_of(callbacks, self.folder, checkpointing)
+        going_on = self.subcommand == "fit" and config.get("ckpt_path") is not None
+        self.record.resizes = going_on and any(isinstance(each, BatchSizeFinder) for each in callbacks)
+        callbacks = callbacks_of(callbacks, self.folder, checkpointing, str(self.subcommand), going_on)
         plugins = plugins_of(config.trainer)
         try:
             return super().instantiate_trainer(plugins=plugins, callbacks=[*callbacks, self.record], **kwargs)
@@ -291,6 +299,9 @@ class CommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         """Every fit ends with a test of the weights it ended with."""
+        for each in callbacks_in(self.trainer):
+            if isinstance(each, BatchSizeFinder):  # it is for training
+                callbacks_in(self.trainer).remove(each)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self.after_test()
 
@@ -412,19 +423,14 @@ def start(args: list[str], act: bool = True, keep: bool = True, show: bool = Tru
         if (what := out_of_memory(_root_of(error))) is not None:
             text = f"{what} before anything was run: choose a smaller network or smaller images"
             raise InputError(text) from error
+        refused = refusal_of(error)
+        if refused is not None:
+            raise refused from error
         if "Does not validate against any" in str(error):  # in a constructor, and not of our making
             raise _root_of(error) from None
         if (blame := blamed(_root_of(error))) is not None:
             raise blame from error
         raise
-
-
-def _is_default_logger(given: Any) -> bool:
-    """Whether the loggers are those of every run, which nobody asked for."""
-    defaults = yaml.safe_load((configs_folder() / "defaults.yaml").read_text(encoding="utf-8"))["trainer"]["logger"]
-    return isinstance(given, list) and [each.get("class_path") for each in given] == [
-        each["class_path"] for each in defaults
-    ]
 
 
 def _as_text(config: str | Path | dict[str, Any]) -> str:
@@ -504,6 +510,8 @@ def _be_quiet() -> None:
         r".*`isinstance\(treespec, LeafSpec\)`.*",
         r".*smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",
+        r".*The dirpath has changed from .*",  # each run has its own
+        r".*callbacks used to create the checkpoint need to be provided.*",  # the run's own, to a tuner
     ):
         warnings.filterwarnings("ignore", message)
 

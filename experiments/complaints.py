@@ -32,6 +32,18 @@ _TYPES = {
     "dict": "a mapping",
 }
 
+_ELSEWHERE = {
+    "optimizer": "model.optimizer",
+    "lr_scheduler": "model.schedule",
+    "scheduler": "model.schedule",
+    "lr": "model.optimizer.lr",
+    "learning_rate": "model.optimizer.lr",
+    "weight_decay": "model.optimizer.weight_decay",
+    "batch_size": "data.batch_size",
+    "seed": "seed_everything",
+}
+"""Words of Lightning's users, and where these things are set here."""
+
 
 def input_error(error: BaseException | None) -> InputError | None:
     """The InputError in the chain of causes, if there is one."""
@@ -54,7 +66,9 @@ def one_line(error: BaseException, known: Iterable[str]) -> str:  # noqa: PLR091
     text = str(error)
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         word = found[1].split("=")[0]
-        return f"{word}: there is no such option{_suggest(word.lstrip('-'), known)}"
+        return (
+            f"{word}: there is no such option{_pointer(word.lstrip('-'), known) or _suggest(word.lstrip('-'), known)}"
+        )
     if found := re.search(r"(?:Subcommand|Group) '[\w.]+' does not accept option '([^']+)'", text):
         return f"{found[1]}: there is no such key{_suggest(found[1], known)}"
     if found := re.match(r"the following arguments are required: (.+)", text):
@@ -127,6 +141,12 @@ def _explain(branch: _Branch, where: str, known: Iterable[str]) -> str:  # noqa:
         word = found[1].split(".")[0]
         if not classes:
             return f"{where}.{word}: there is no such key{_suggest(word, known)}"
+        if where == "model" and word in _ELSEWHERE:
+            return f"{where}.{word}: {classes[-1].rsplit('.', 1)[-1]} has no such argument; write --{_ELSEWHERE[word]}"
+        if others := _schedules_with(word) if where == "model.schedule" else []:
+            name = classes[-1].rsplit(".", 1)[-1]
+            example = f"--model.schedule={others[0]} --model.schedule.{word}=…"
+            return f"{where}.{word}: {name} has no such argument; name one that has it first: {example}"
         hint = did_you_mean(word, [*_arguments(classes[-1]), "class_path", "init_args"])
         return f"{where}.{word}: {classes[-1].rsplit('.', 1)[-1]} has no such argument{hint}"
     if found := re.search(r"Multiple subclasses with name (\w+)\. .*?: (.+?)\.?$", text):
@@ -196,6 +216,23 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     inner = {key.partition(".")[2] for key in known if key.startswith(f"{top}.")}
     close = get_close_matches(rest, inner, n=1, cutoff=0.6)
     return f" – did you mean '{top}.{close[0]}'?" if close else ""
+
+
+def _pointer(word: str, known: Iterable[str]) -> str:
+    """Where an option without its part is set: ``--max_epochs``, ``--optimizer.lr``."""
+    first, dot, rest = word.partition(".")
+    for place in (_ELSEWHERE.get(first), f"trainer.{first}" if f"trainer.{first}" in set(known) else None):
+        if place is not None:
+            return f"; write --{place}{dot}{rest}"
+    return ""
+
+
+def _schedules_with(argument: str) -> list[str]:
+    """Torch's schedules that have an argument of that name."""
+    from torch.optim import lr_scheduler
+
+    names = ("StepLR", "MultiStepLR", *lr_scheduler.__all__)
+    return [name for name in names if argument in _arguments(f"torch.optim.lr_scheduler.{name}")[1:]]
 
 
 def _arguments(class_path: str) -> list[str]:

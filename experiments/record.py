@@ -27,6 +27,7 @@ from datamodules.files import write_atomically
 from datamodules.imageset import ImageSet
 from datamodules.measures import Interval
 from experiments import aftermath, notes, pictures, rundir
+from experiments.resuming import catch_up, check_batches, check_begun, reopen_epoch
 from experiments.wandb_logger import Wandb
 
 
@@ -54,6 +55,8 @@ class Record(Callback):
         self.predictions: list[dict[str, Any]] = []
         self._recorded: ImageSet | None = None
         self._trained = False
+        self.resizes = False  # whether a size of batches that was found is in the checkpoint
+        self._restored: dict[str, Any] = {}
         self._begun: list[float] = []
         self._told: list[str] = []
         self._sigterm: Any = None
@@ -73,8 +76,8 @@ class Record(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             rundir.set_status(self.folder, "running")
-            if stage == "fit" or not (self.folder / "config.yaml").exists():
-                write_atomically(self.folder / "config.yaml", self.config.encode())
+            if not (self.folder / "config.yaml").exists():
+                self._write_config()
         if stage != "fit":
             return
         self._write_manifest(trainer)
@@ -84,9 +87,13 @@ class Record(Callback):
         if self.show and not datamodule.secret:
             pictures.write_grid(datamodule, self.folder / "poisons.png")
         for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(self.config))
+            if getattr(trainer, "enable_autolog_hparams", True):
+                logger.log_hyperparams(yaml.safe_load(self.config))
             if isinstance(logger, Wandb) and logger.version is not None:
                 (self.folder / "wandb_id").write_text(str(logger.version), encoding="utf-8")
+
+    def _write_config(self) -> None:
+        write_atomically(self.folder / "config.yaml", self.config.encode())
 
     def _write_manifest(self, trainer: Trainer) -> None:
         """Check that all ranks hold the same training set, and write what it is."""
@@ -135,7 +142,8 @@ class Record(Callback):
         if isinstance(pl_module, ImageClassifier):
             row["train/loss"] = float(pl_module.mean_loss)
         row |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self.history.append(row)
+        # of an epoch that was stopped inside and gone on with, the whole
+        self.history = [*(old for old in self.history if old["epoch"] != row["epoch"]), row]
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, so that a resumed run's are whole."""
@@ -144,6 +152,20 @@ class Record(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the checkpoint."""
         self.history = list(state_dict["history"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the size of batches, without which a place inside an epoch says nothing."""
+        checkpoint["batch_size"] = _datamodule(trainer).loading.batch_size
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on inside the epoch where training was stopped inside one, with batches as they were."""
+        if trainer.state.fn != "fit":
+            return
+        self._restored = {"schedules": len(checkpoint["lr_schedulers"])}
+        if self.resizes and "batch_size" in checkpoint:
+            _datamodule(trainer).batch_size = checkpoint["batch_size"]
+        if reopen_epoch(checkpoint, by_steps=trainer.max_steps != -1):
+            check_batches(checkpoint, _datamodule(trainer))
 
     def on_predict_batch_end(
         self,
@@ -182,6 +204,10 @@ class Record(Callback):
         and hangs if they are not at the same one.
         """
         self._begun = notes.sums(pl_module)
+        self._told += check_begun(trainer, self._restored)
+        catch_up(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._write_config()  # of a run that is gone on with: only now is it sure that its options are taken
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

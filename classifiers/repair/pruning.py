@@ -184,6 +184,9 @@ class Masked(ImageClassifier, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the masks of the run that is resumed."""
         super().on_load_checkpoint(checkpoint)
+        if "masks" not in checkpoint:
+            remedy = "it is of a network that was not pruned; start from its weights: --model.weights"
+            raise bad("ckpt_path", str(getattr(self.trainer, "ckpt_path", "")), remedy)
         self._masks = {name: mask.to(self.device) for name, mask in checkpoint["masks"].items()}
 
 

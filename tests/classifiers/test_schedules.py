@@ -104,19 +104,51 @@ def test_a_trainer_gives_the_number_of_steps_and_steps_once_for_each_batch() -> 
     assert used == pytest.approx([0.3 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 0.75, 0.5, 0.25)])
 
 
-@pytest.mark.parametrize("kind", ["ExponentialLR", "StepLR", "OneCycleLR", "CosineAnnealingLR"])
-def test_a_schedule_of_torch_does_not_take_the_steps_for_something_else(kind: str) -> None:
-    model = mlp(Digits(batch_size=283), schedule=getattr(torch.optim.lr_scheduler, kind))
-    trainer = tiny_trainer(max_epochs=1, limit_val_batches=0, limit_train_batches=1)
-    if kind == "CosineAnnealingLR":
-        trainer.fit(model, Digits(batch_size=283))
-    else:
-        with pytest.raises(InputError, match=f"^schedule = {kind}: it would take the number of steps for"):
-            trainer.fit(model, Digits(batch_size=283))
-
-
 @pytest.mark.parametrize("kind", ["LBFGS", "SparseAdam"])
 def test_an_optimizer_that_does_not_train_by_batches_is_refused(kind: str) -> None:
     model = mlp(Digits(batch_size=283), optimizer=partial(getattr(torch.optim, kind), lr=0.1))
     with pytest.raises(InputError, match=f"^optimizer = '{kind}': "):
         tiny_trainer(max_epochs=1, limit_val_batches=0, limit_train_batches=1).fit(model, Digits(batch_size=283))
+
+
+# --- torch's own, by class path ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5), [1, 1, 0.5, 0.5, 0.25, 0.25]),
+        (partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2], gamma=0.1), [1, 1, 1, 1, 0.1, 0.1]),
+        (partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5), [1, 1, 0.5, 0.5, 0.25, 0.25]),
+        (partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2), [1, 1, 0.5, 0.5, 0, 0]),
+        (torch.optim.lr_scheduler.CosineAnnealingLR, [1, 0.933013, 0.75, 0.5, 0.25, 0.066987]),
+        (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, pct_start=0.5, anneal_strategy="linear"),
+         [0.04, 0.52, 1, 0.666671, 0.333335, 4e-6]),
+        (partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=1e9, factor=0.5),
+         [1, 1, 0.5, 0.5, 0.25, 0.25]),
+        (partial(Steps, milestones=[0.5], factor=0.1), [1, 1, 1, 0.1, 0.1, 0.1]),
+    ],
+    ids=["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR", "the whole training", "OneCycleLR",
+         "ReduceLROnPlateau", "ours"],
+)  # fmt: skip
+def test_torchs_go_by_epochs_unless_they_last_as_long_as_training(factory: Any, expected: list[float]) -> None:
+    """Three epochs of two batches."""
+    found: list[float] = []
+
+    class Seen(torch.optim.SGD):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            found.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    data = Digits(batch_size=64)
+    model = mlp(data, optimizer=lambda parameters: Seen(parameters, lr=1.0), schedule=factory)
+    tiny_trainer(max_epochs=3, limit_train_batches=2, limit_val_batches=1).fit(model, data)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["StepLR", "MultiStepLR", "ExponentialLR", "OneCycleLR", "CyclicLR", "LambdaLR"])
+def test_what_one_of_torchs_needs_is_named(name: str) -> None:
+    data = Digits(batch_size=64)
+    model = mlp(data, schedule=getattr(torch.optim.lr_scheduler, name))
+    with refused(f"schedule = {name}", "needs"):
+        tiny_trainer(max_epochs=1, limit_train_batches=1).fit(model, data)
