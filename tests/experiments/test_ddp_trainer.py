@@ -21,8 +21,10 @@ HERE = "tests.experiments.test_going_on"
 TWO_RANKS = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false")
 LONG = ("--trainer.limit_train_batches=6", "--trainer.max_epochs=3", "--model.schedule=null", "--data.batch_size=128")
 """Epochs of six batches."""
-STOP = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/clean_accuracy",
-        "--trainer.callbacks.mode=max", "--trainer.callbacks.min_delta=1", "--trainer.callbacks.patience=1")  # fmt: skip
+STOP = (
+    "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/clean_accuracy",
+    "--trainer.callbacks.mode=max", "--trainer.callbacks.min_delta=1", "--trainer.callbacks.patience=1",
+)  # fmt: skip
 BEST = ("--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/clean_accuracy",
         "--trainer.callbacks.mode=max", "--trainer.callbacks.filename=best")  # fmt: skip
 
