@@ -254,7 +254,7 @@ def _rows(scene: Scene, batches: Sequence[Batch]) -> list[dict[str, Any]]:
         }
         rows.append({**row, **beside} if crafted else row)
     rows += _binned(scene, [batch for batch in batches if batch.kind == "crafted"])
-    shared: dict[str, Any] = {"features": scene.task.test.shape[1]}
+    shared: dict[str, Any] = {"features": scene.task.test.shape[1], "training_images": len(scene.task.train)}
     if scene.judge is not None:
         shared["judge_accuracy"] = scene.judge.accuracy
     return [{name: _plain(value) for name, value in {**row, **shared}.items()} for row in rows]

@@ -151,7 +151,7 @@ def test_networks_of_a_config_attack_judge_and_are_attacked(
     given |= {"extractor": backbone(40), "judge": backbone(64), "scales": [0.01], "target_seed": 0, "epochs": 30}
     torch.manual_seed(1)
     rows = one_shot(tmp_path, 0, **given)
-    assert rows[0]["features"] == 40
+    assert (rows[0]["features"], rows[0]["training_images"]) == (40, 40)
     judge = rows[0]["judge_accuracy"]
     assert judge["n"] == rows[0]["clean_accuracy_before"]["n"] == rows[0]["clean_drop"]["n"] > 60
     assert judge["value"] > 0.8  # its last layer was trained on all training images of the two classes
@@ -231,6 +231,8 @@ def test_every_size_asks_for_what_there_is(size: str) -> None:
         if stage.function is None:
             continue
         grid = {key.replace(".", "_"): values[0] for key, values in stage.grid.items()}
+        given_twice = {*grid} & {*stage.arguments} | {*stage.inputs} & {*stage.arguments}
+        assert not given_twice, "a study refuses it"
         called = inspect.signature(one_shot).bind(Path(), 0, **{**stage.arguments, **stage.inputs, **grid})
         assert "extractor" in called.arguments
         networks = [called.arguments.get(name) for name in ("extractor", "judge", "victim")]
