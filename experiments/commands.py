@@ -34,20 +34,28 @@ def execute(args: list[str]) -> int:
     if args[0] not in _DECIDE:
         return _execute(args)
     try:
-        return _execute(args)
+        return _act(args)
+    except InputError as error:
+        print(redact(f"lightning {args[0]}: {error}"), file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     except (Exception, SystemExit) as error:
         why = "".join(each if each.isprintable() else " " for each in str(error))
-        print(f"lightning {args[0]}: could not be decided: {type(error).__name__}: {why}", file=sys.stderr)
-        return 2
+        print(redact(f"lightning {args[0]}: could not be decided: {type(error).__name__}: {why}"), file=sys.stderr)
+    return 2
+
+
+def _act(args: list[str]) -> int:
+    if args[0] in COMMANDS:
+        prepare(args)  # a config or a run that is not there is told before the heavy imports
+    with streams.whether_read_or_not():
+        return _action(args[0])([args[0], *made_whole(args[1:])])
 
 
 def _execute(args: list[str]) -> int:
     command = args[0]
     try:
-        if command in COMMANDS:
-            prepare(args)  # a config or a run that is not there is told before the heavy imports
-        with streams.whether_read_or_not():
-            return _action(command)([command, *made_whole(args[1:])])
+        return _act(args)
     except (InputError, RunError) as error:
         print(redact(f"lightning {command}: {error}"), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

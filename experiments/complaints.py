@@ -219,7 +219,7 @@ def _suggest(word: str, known: Iterable[str]) -> str:
 
 
 def _pointer(word: str, known: Iterable[str]) -> str:
-    """Where an option without its part is set: ``--max_epochs``, ``--optimizer.lr``."""
+    """Where an option without its part is set: `max_epochs` of the trainer, `optimizer.lr` of the model."""
     first, dot, rest = word.partition(".")
     for place in (_ELSEWHERE.get(first), f"trainer.{first}" if f"trainer.{first}" in set(known) else None):
         if place is not None:

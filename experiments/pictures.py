@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from datamodules.datamodule import ImageDataModule
+from datamodules.resized import resize
 from datamodules.rewrite import Rewrite
 
 
@@ -58,8 +59,10 @@ def changed_pairs(datamodule: ImageDataModule, most: int = 8) -> list[Pair]:
             origin_row = (before.ids == origin).nonzero().flatten()
             if len(row) and len(origin_row):
                 names = datamodule.class_names
-                poisoned = datamodule.materialise(row).images[0]
-                pairs.append(Pair(sample, before.images_at(origin_row)[0], poisoned, str(names[old]), str(names[new])))
+                clean, poisoned = before.images_at(origin_row), datamodule.materialise(row).images[0]
+                if clean.shape[1:] != poisoned.shape and poisoned.shape[1] == poisoned.shape[2]:
+                    clean = resize(clean, poisoned.shape[1])
+                pairs.append(Pair(sample, clean[0], poisoned, str(names[old]), str(names[new])))
     return pairs
 
 

@@ -64,7 +64,10 @@ class Network:
         if isinstance(given, str):
             model = load_extractor(given, data.image_shape)
         else:
-            model = make_extractor(_backbone(given, field), data)
+            try:
+                model = make_extractor(_backbone(given, field), data)
+            except TypeError as error:  # a class that does not take the shape of the images and a number of classes
+                raise InputError(one_line(error, [field])) from error
         self.identity = extractor_hash(model)
         self.model = folded_classifier(model.to(accelerator()))
 

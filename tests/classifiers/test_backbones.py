@@ -182,6 +182,7 @@ def test_the_smallest_image_works_and_a_smaller_one_is_refused(name: str, side: 
 
 @pytest.mark.parametrize("name", sorted(set(FOUND) - {"InceptionV3", "TorchVision", "Timm"}))
 def test_compiles_without_a_graph_break(name: str) -> None:
+    torch.compiler.reset()  # one function serves all networks, and is compiled for each: there is a limit to that
     net = make(name).eval()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     with torch.no_grad():

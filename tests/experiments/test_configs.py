@@ -32,6 +32,13 @@ ELSEWHERE = {
     **dict.fromkeys((f"knockoff_noise_{data}" for data in ("digits", "mnist", "cifar_cpu")), ("--data.budget=64",)),
 }  # fmt: skip
 """Options in the stead of data and weights that are not to be had here, and of budgets larger than the tiny sets."""
+IMAGES = {
+    "data/dog_fish": (
+        "--data.base.train=image_folder/train", "--data.base.test=image_folder/test", "--data.base.size=32",
+        "--data.base.val_fraction=0.2",
+    ),
+}  # fmt: skip
+"""Options in the stead of folders of images that are not to be had here."""
 SHAPES = {"digits": "1,8,8", "mnist": "1,28,28", "cifar": "3,32,32"}
 """Of the images of a config with this in its name."""
 Command = Callable[..., Outcome]
@@ -124,9 +131,10 @@ def test_experiment_fits_and_tests(name: str, made: Path, lightning: Command) ->
 @pytest.mark.parametrize("name", [name for name in PARTS if name.startswith("data/")])
 def test_data_goes_under_an_attack_and_into_any_model(name: str, lightning: Command) -> None:
     boxes = "gtsrb" in name
+    images = IMAGES.get(name, ())
     outcome = lightning(
         "fit", "--config=badnets_digits", f"--data.base={name}.yaml", "--data.poison_fraction=0.05",
-        *(["--data.trigger=YellowSquare"] if boxes else []), *LIGHT,
+        *(["--data.trigger=YellowSquare"] if boxes else []), *images, *LIGHT,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     source = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))["class_path"]

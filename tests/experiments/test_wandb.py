@@ -201,6 +201,7 @@ def test_a_notebooks_own_run_stays_open(lightning: Command, tmp_path: Path) -> N
 
 
 def test_runs_of_one_process_with_lightnings_own_logger_are_runs_of_their_own(lightning: Command) -> None:
+    wandb.teardown()  # as in a process of its own: its service remembers the folders of earlier runs
     options = ("--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline=true")
     for _ in range(2):
         done = lightning("fit", LINE, *ONE_EPOCH, *options, "--trainer.logger.save_dir={run}")
