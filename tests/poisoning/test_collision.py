@@ -78,6 +78,20 @@ def test_a_rejected_step_is_undone_and_halves_the_step_size() -> None:
         assert levels(found) == [expected]
 
 
+@pytest.mark.parametrize("epsilon", [None, 1.0])
+def test_a_step_that_achieves_less_than_it_promised_is_a_leap(epsilon: float | None) -> None:
+    """A plateau far away is a little nearer to the target than the base is: 0.45² < 0.5². The target itself is near."""
+
+    def features(images: Tensor) -> Tensor:
+        x = images.flatten(1)
+        return torch.where(x < 0.5, 5 * (x - 0.3), 0.45 + 0 * x)
+
+    found = collide(
+        features, pixels(0.3), pixels(0.2), beta=0.0, iterations=30, rule="forward_backward", epsilon=epsilon
+    )
+    assert levels(found)[0] in (76, 77)  # 255 · 0.3; the leap would end at 255
+
+
 @every_rule
 def test_the_objective_never_rises(rule: Any) -> None:
     features, _ = network()
