@@ -67,7 +67,7 @@ class Network:
             try:
                 model = make_extractor(_backbone(given, field), data)
             except TypeError as error:  # a class that does not take the shape of the images and a number of classes
-                raise InputError(one_line(error, [field])) from error
+                raise bad(field, given["class_path"], f"it makes no network of these images ({error})") from error
         self.identity = extractor_hash(model)
         self.model = folded_classifier(model.to(accelerator()))
 
