@@ -265,7 +265,7 @@ def test_truncated_checkpoint(kept: float, finished: Path, lightning: Command) -
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_code_in_a_checkpoint_does_not_run(form: str, finished: Path, lightning: Command, here: Path) -> None:
     path = checkpoint_of(finished)
-    content = {"state_dict": {}, "epoch": 0, "evil": Evil()}
+    content = {"state_dict": {}, "optimizer_states": [], "epoch": 0, "evil": Evil()}
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
