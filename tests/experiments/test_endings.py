@@ -128,6 +128,7 @@ def test_one_of_two_processes_is_killed(dead: int, tmp_path: Path) -> None:
     with ranks(SETTING, tmp_path, environment=SLOW) as processes:
         run = first_checkpoint(processes[0], 120).parent.parent
         processes[dead].send(signal.SIGKILL)
+        assert processes[dead].wait() == -signal.SIGKILL, "gone before anybody looks"
         other = processes[1 - dead]
         assert other.wait() == 1, other.text
     (line,) = (line for line in other.text.splitlines() if line.startswith("lightning fit: "))
